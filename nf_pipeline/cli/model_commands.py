@@ -1,0 +1,89 @@
+"""The commands that use a trained model: evaluate, predict, export."""
+
+import json
+
+import click
+
+from nf_pipeline.cli.options import debug_option, json_option, run_argument
+
+
+@click.command(
+    "evaluate",
+    short_help="Print the accuracy of every exit on labelled images.",
+    epilog="Example: nf-pipeline evaluate ./nf-runs/run --data ./new-images",
+)
+@run_argument
+@click.option("--data", required=True, metavar="D", help="Labelled images, in any form that train reads.")
+@click.option(
+    "--image-size", type=click.IntRange(1, 4096), metavar="PX", help="Resize every image to PX by PX pixels."
+)
+@click.option(
+    "--on-bad-image",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="End with an error, or leave out images that cannot be decoded.",
+)
+@json_option
+@debug_option
+def evaluate_command(uri: str, data: str, image_size: int | None, on_bad_image: str, as_json: bool) -> None:
+    """Print the accuracy of every exit of a finished run on labelled images."""
+    from nf_pipeline.cli.tables import evaluation_text
+    from nf_pipeline.config import DataConfig
+    from nf_pipeline.driver.use import evaluate
+
+    rows = evaluate(uri, DataConfig(source=data, image_size=image_size, on_bad_image=on_bad_image))
+    print(json.dumps(rows) if as_json else evaluation_text(rows))
+
+
+@click.command(
+    "predict",
+    short_help="Predict labels with the final model.",
+    epilog="Example: nf-pipeline predict ./nf-runs/run ./images --output out.parquet",
+)
+@run_argument
+@click.argument("images", metavar="INPUT")
+@click.option("--output", required=True, metavar="OUT.parquet", help="File to write.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 65536),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Images per step; any number gives the same predictions.",
+)
+@json_option
+@debug_option
+def predict_command(uri: str, images: str, output: str, batch_size: int, as_json: bool) -> None:
+    """Predict labels for images with the final model of a run.
+
+    INPUT is Parquet or images, a file or a folder. The output has one row per image: id, predicted label,
+    probability, exit used.
+    """
+    from nf_pipeline.driver.use import predict
+
+    written = predict(uri, images, output, batch_size)
+    print(json.dumps(written) if as_json else f"{written['rows']:,} predictions in {output}")
+
+
+@click.command(
+    "export",
+    short_help="Write the final model to a file.",
+    epilog="Example: nf-pipeline export ./nf-runs/run --output model.pt2 --format torch-export",
+)
+@run_argument
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["safetensors", "torch-export"]),
+    default="safetensors",
+    show_default=True,
+    help="Weights with their JSON description, or a program that torch.export.load runs.",
+)
+@click.option("--output", required=True, metavar="PATH", help="Where to write.")
+@debug_option
+def export_command(uri: str, format_name: str, output: str) -> None:
+    """Write the final model of a run to a file."""
+    from nf_pipeline.driver.use import export
+
+    print(export(uri, format_name, output))

@@ -1,0 +1,233 @@
+"""Options that several commands share, and the table of named flags that set a configuration field.
+
+Knows the names of configuration fields, not their types or ranges: the configuration checks those. Loads
+nothing heavier than click. Entry: `config_options` decorates a command, `config_from` reads what it got.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from nf_pipeline.config import RunConfig
+
+
+@dataclass
+class Session:
+    """What holds for one run of the command line.
+
+    Attributes:
+        debug: print tracebacks and the log.
+    """
+
+    debug: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFlag:
+    """A named flag for one configuration field.
+
+    Attributes:
+        name: as typed, "--epochs".
+        field: dotted field that it sets, "train.epochs".
+        explanation: for --help, without the default.
+        default: the field's default as text; "" if it has none worth showing.
+        value_type: of click; only what the field also accepts.
+        metavar: placeholder in --help.
+    """
+
+    name: str
+    field: str
+    explanation: str
+    default: str = ""
+    value_type: Any = str
+    metavar: str | None = None
+
+    @property
+    def parameter(self) -> str:
+        """Name under which click passes the value."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+    @property
+    def help(self) -> str:
+        """Text of --help, with the default."""
+        return f"{self.explanation}  [default: {self.default}]" if self.default else self.explanation
+
+
+CONFIG_FLAGS = (
+    ConfigFlag(
+        name="--data",
+        field="data.source",
+        metavar="D",
+        default="digits",
+        explanation="Directory or URI of Parquet, image folder with one directory per class, torchvision "
+        "data set name, or 'digits'.",
+    ),
+    ConfigFlag(
+        name="--model",
+        field="model.name",
+        metavar="M",
+        default="one that suits the images",
+        explanation="convnet, vgg11_bn, vgg13_bn, vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, "
+        "mobilenet_v2, or your own as package.module:factory.",
+    ),
+    ConfigFlag(
+        name="--memory-budget",
+        field="memory.budget_bytes",
+        metavar="SIZE",
+        explanation="Bytes that training may hold on a worker's device, such as 300MiB or 6GiB. Required, "
+        "here or in the --config file: batch sizes and blocks follow from it.",
+    ),
+    ConfigFlag(
+        name="--store",
+        field="storage.uri",
+        metavar="URI",
+        default="./nf-runs",
+        explanation="Folder or s3://bucket/prefix that holds runs; S3 credentials and endpoint come from the "
+        "AWS_* environment variables.",
+    ),
+    ConfigFlag(
+        name="--run", field="run", metavar="NAME", default="run", explanation="Name of the run in the store."
+    ),
+    ConfigFlag(
+        name="--executor",
+        field="cluster.executor",
+        default="ray",
+        value_type=click.Choice(["ray", "inline"]),
+        explanation="Run stages as Ray tasks, or in this process.",
+    ),
+    ConfigFlag(
+        name="--address",
+        field="cluster.address",
+        metavar="A",
+        default="start a local Ray and stop it at the end",
+        explanation="Ray cluster to join, such as auto or ray-head:6379.",
+    ),
+    ConfigFlag(
+        name="--image-size",
+        field="data.image_size",
+        metavar="PX",
+        value_type=int,
+        explanation="Resize every image to PX by PX pixels; needed when sizes differ.",
+    ),
+    ConfigFlag(
+        name="--max-train-images",
+        field="data.max_train_images",
+        metavar="N",
+        value_type=int,
+        default="all",
+        explanation="Train on a stratified, seeded subset.",
+    ),
+    ConfigFlag(
+        name="--on-bad-image",
+        field="data.on_bad_image",
+        default="error",
+        value_type=click.Choice(["error", "skip"]),
+        explanation="End with an error, or count and list images that cannot be decoded.",
+    ),
+    ConfigFlag(
+        name="--epochs",
+        field="train.epochs",
+        metavar="N",
+        value_type=int,
+        default="8",
+        explanation="Passes over the train split, per block.",
+    ),
+    ConfigFlag(
+        name="--seed",
+        field="train.seed",
+        metavar="N",
+        value_type=int,
+        default="0",
+        explanation="Same seed, same weights, whichever executor.",
+    ),
+    ConfigFlag(
+        name="--device",
+        field="train.device",
+        default="auto",
+        value_type=click.Choice(["auto", "cpu", "cuda"]),
+        explanation="Train on this device; auto takes a GPU when there is one.",
+    ),
+)
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds every named configuration flag, --config and --set to a command."""
+    decorators: list[Decorator] = [
+        click.option(
+            flag.name,
+            flag.parameter,
+            type=flag.value_type,
+            metavar=flag.metavar,
+            default=None,
+            help=flag.help,
+        )
+        for flag in CONFIG_FLAGS
+    ]
+    decorators.append(
+        click.option(
+            "--config",
+            "config_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="TOML file with one table per section; --set and the flags above override it.",
+        )
+    )
+    decorators.append(
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="SECTION.FIELD=VALUE",
+            help="Set any other setting, such as train.head=classic; may be repeated.",
+        )
+    )
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def config_from(parameters: Mapping[str, Any]) -> RunConfig:
+    """Turns what click parsed for `config_options` into a configuration.
+
+    Raises:
+        ConfigError: as `resolve_config` does.
+    """
+    from nf_pipeline.config import resolve_config
+
+    return resolve_config(
+        file=parameters["config_file"],
+        assignments=parameters["assignments"],
+        flags={flag.field: parameters[flag.parameter] for flag in CONFIG_FLAGS},
+    )
+
+
+def _switch_debug_on(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and isinstance(context.obj, Session):
+        context.obj.debug = True
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("nf_pipeline").setLevel(logging.DEBUG)
+
+
+run_argument = click.argument("uri", metavar="STORE/NAME")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress goes to stderr."
+)
+quiet_option = click.option(
+    "--quiet", is_flag=True, help="No progress; only warnings, the result and errors."
+)
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_switch_debug_on,
+    help="Print the log, and the traceback of an error.",
+)

@@ -1,0 +1,213 @@
+"""Tables as aligned text: they look the same on a terminal, in a log and pasted into an issue.
+
+Takes plain documents (a plan, summary.json, a status) and returns text; decides nothing and prints nothing.
+Entry: `plan_text`, `summary_text`, `status_text`, `evaluation_text`, `checks_text`, `garbage_text`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nf_pipeline.cli.run_view import format_duration, format_peak
+from nf_pipeline.plan import BlockPlan, Plan
+from nf_pipeline.units import format_bytes
+
+STALE_AFTER_S = 600.0
+
+
+def align(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lays out a table: columns two spaces apart, a rule under the headers, numbers to the right.
+
+    A column is a column of numbers when every filled cell below its header starts with a digit.
+    """
+    widths = [max(len(row[idx]) for row in [headers, *rows]) for idx in range(len(headers))]
+    numeric = [all(row[idx][:1].isdigit() for row in rows if row[idx]) for idx in range(len(headers))]
+
+    def layout(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(cells, widths, numeric, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([layout(headers), rule, *map(layout, rows)])
+
+
+def plan_text(plan: Plan, placement: Mapping[str, Any]) -> str:
+    """Describes a plan: the model, every block with its batch and predicted peak, and where it would run.
+
+    Args:
+        plan: what would happen.
+        placement: executor, address and device, as configured.
+    """
+    shape = "x".join(map(str, plan.image_shape))
+    head = (
+        f"{plan.model}: {len(plan.layers)} layers, {len(plan.units)} units, "
+        f"{_count(plan.params_full)} parameters, images {shape}, {plan.num_classes} classes, "
+        f"budget {format_bytes(plan.budget_bytes)}"
+    )
+    rows = [_plan_row(plan, block) for block in plan.blocks]
+    table = align(["block", "layers", "output", "batch", "predicted peak / budget", "shards", "why"], rows)
+    shards = sum(block.shard_bytes for block in plan.blocks)
+    foot = (
+        f"placement: one block after another {_where(placement)}, device {placement['device']}; "
+        f"activations {format_bytes(shards)} in all; profiled in {plan.profile_s:.1f} s"
+    )
+    return "\n".join([head, "", table, "", foot])
+
+
+def summary_text(summary: Mapping[str, Any], run_uri: str) -> str:
+    """Describes a finished run: what each block took, and every exit with the one that was chosen and why.
+
+    Args:
+        summary: the document of summary.json.
+        run_uri: STORE/NAME, for the commands that come next.
+    """
+    budget = summary["memory_budget_bytes"]
+    blocks = align(
+        ["block", "layers", "batch", "measured peak / budget", "predicted", "train", "shards", "attempts"],
+        [_block_row(block, budget) for block in summary["blocks"]],
+    )
+    exits = align(
+        ["", "exit", "layer", "val accuracy", "interval", "parameters", "of full model", "GFLOPs"],
+        [_exit_row(exit_idx, summary) for exit_idx in range(len(summary["exits"]))],
+    )
+    lines = [blocks, "", exits, "", f"chosen: exit {summary['chosen_exit']}, {summary['chosen_reason']}"]
+    lines.append(_accuracy_line(summary))
+    lines.append(f"next: nf-pipeline predict {run_uri} INPUT --output predictions.parquet")
+    return "\n".join(lines)
+
+
+def status_text(status: Mapping[str, Any]) -> str:
+    """Describes how far a run is; says how to continue one that fell silent or failed."""
+    table = align(
+        ["stage", "state", "epoch", "loss", "val", "last sign", "attempts", "attempt"],
+        [_status_row(stage) for stage in status["stages"]],
+    )
+    lines = [f"{status['uri']}: {status['state']}", "", table]
+    for stage in status["stages"]:
+        if stage["error"] and stage["state"] == "failed":
+            lines += ["", f"{stage['stage']} failed: {stage['error']}"]
+    silent = [
+        s for s in status["stages"] if s["state"] == "running" and (s["updated_s"] or 0) > STALE_AFTER_S
+    ]
+    if silent:
+        lines += ["", f"{silent[0]['stage']} has been silent for {format_duration(silent[0]['updated_s'])}."]
+    if silent or status["state"] in ("failed", "waiting"):
+        lines.append(f"If nobody works on it: nf-pipeline resume {status['uri']}")
+    return "\n".join(lines)
+
+
+def evaluation_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lists the accuracy of every exit; the chosen one is marked."""
+    cells = [
+        [
+            "*" if row["chosen"] else "",
+            str(row["layer_idx"]),
+            row["layer"],
+            _percent(row["accuracy"]),
+            f"{row['num_images']:,}",
+        ]
+        for row in rows
+    ]
+    return align(["", "exit", "layer", "accuracy", "images"], cells)
+
+
+def checks_text(checks: Sequence[Any]) -> str:
+    """Lists what `doctor` found, each fix below its check."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.state:<4}  {check.name:<{width}}  {check.detail}")
+        if check.fix:
+            lines.append(f"{'':<6}{'':<{width}}  Fix: {check.fix}")
+    return "\n".join(lines)
+
+
+def garbage_text(objects: Sequence[tuple[str, int]], *, dry_run: bool) -> str:
+    """Lists the objects that `gc` deleted, or would delete, and their bytes."""
+    total = format_bytes(sum(num_bytes for _, num_bytes in objects))
+    lines = [f"{format_bytes(num_bytes):>10}  {key}" for key, num_bytes in objects]
+    verb = "would delete" if dry_run else "deleted"
+    return "\n".join([*lines, f"{verb} {len(objects)} objects, {total}"])
+
+
+def _where(placement: Mapping[str, Any]) -> str:
+    if placement["executor"] == "inline":
+        return "in this process"
+    return f"on the Ray at {placement['address']}" if placement["address"] else "on a local Ray"
+
+
+def _plan_row(plan: Plan, block: BlockPlan) -> list[str]:
+    return [
+        f"{block.block_idx + 1}/{len(plan.blocks)}",
+        f"{block.layers[0]}-{block.layers[1] - 1}",
+        "x".join(map(str, plan.layers[block.layers[1] - 1].out_shape)),
+        str(block.batch_size),
+        format_peak(block.predicted_peak_bytes, plan.budget_bytes),
+        format_bytes(block.shard_bytes) if block.shard_bytes else "",
+        block.reason,
+    ]
+
+
+def _block_row(block: Mapping[str, Any], budget_bytes: int) -> list[str]:
+    layers = block["layers"]
+    return [
+        str(block["block_idx"] + 1),
+        f"{layers[0]}-{layers[1] - 1}",
+        str(block["batch_size"]),
+        format_peak(block["measured_peak_bytes"], budget_bytes),
+        format_bytes(block["predicted_peak_bytes"]),
+        format_duration(block["train_s"]),
+        format_bytes(block["shard_bytes"]) if block["shard_bytes"] else "",
+        str(block["attempts"]),
+    ]
+
+
+def _exit_row(exit_idx: int, summary: Mapping[str, Any]) -> list[str]:
+    row = summary["exits"][exit_idx]
+    low, high = row["val_interval"]
+    return [
+        "*" if exit_idx == summary["chosen_exit"] else "",
+        str(exit_idx),
+        row["layer"],
+        _percent(row["val_accuracy"]),
+        f"{100 * low:.1f}-{100 * high:.1f} %",
+        _count(row["params"]),
+        _percent(row["params"] / summary["params_full"]),
+        f"{row['flops'] / 1e9:.3f}",
+    ]
+
+
+def _accuracy_line(summary: Mapping[str, Any]) -> str:
+    smaller = summary["params_full"] / summary["params_final"]
+    line = (
+        f"validation {_percent(summary['val_accuracy'])}, test {_percent(summary['test_accuracy'])}, "
+        f"{_count(summary['params_final'])} of {_count(summary['params_full'])} parameters "
+        f"({smaller:.1f}x smaller), {format_duration(summary['wall_s'])} in all"
+    )
+    return line + (", stopped early" if summary["stopped_early"] else "")
+
+
+def _status_row(stage: Mapping[str, Any]) -> list[str]:
+    epoch = f"{stage['epoch']}/{stage['num_epochs']}" if stage["num_epochs"] else ""
+    return [
+        stage["stage"],
+        stage["state"],
+        epoch,
+        "" if stage["loss"] is None else f"{stage['loss']:.3f}",
+        "" if stage["val_accuracy"] is None else _percent(stage["val_accuracy"]),
+        "" if stage["updated_s"] is None else f"{format_duration(stage['updated_s'])} ago",
+        str(stage["attempts"]) if stage["attempts"] else "",
+        stage["attempt"] or "",
+    ]
+
+
+def _percent(part: float | None) -> str:
+    return "-" if part is None else f"{100 * part:.1f} %"
+
+
+def _count(number: int) -> str:
+    if number < 10_000:
+        return f"{number:,}"
+    return f"{number / 1e6:.2f} M" if number >= 1_000_000 else f"{number / 1e3:.1f} k"

@@ -1,0 +1,143 @@
+"""The commands that decide and train: plan, train, resume."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nf_pipeline.cli.options import (
+    config_from,
+    config_options,
+    debug_option,
+    json_option,
+    quiet_option,
+    run_argument,
+)
+
+if TYPE_CHECKING:
+    from nf_pipeline.cli.progress import ProgressDisplay
+
+EXAMPLE = "nf-pipeline {} --data digits --model vgg11_bn --memory-budget 64MiB"
+
+
+class Interrupted(click.ClickException):
+    """The user pressed Ctrl-C; what is stored is enough to continue.
+
+    Args:
+        run_uri: STORE/NAME of the run.
+    """
+
+    exit_code = 130
+
+    def __init__(self, run_uri: str) -> None:
+        super().__init__(f"interrupted; continue with: nf-pipeline resume {run_uri}")
+
+
+@click.command(
+    "plan",
+    short_help="Show blocks, batch sizes and predicted peaks.",
+    epilog=f"Example: {EXAMPLE.format('plan')}",
+)
+@config_options
+@json_option
+@debug_option
+def plan_command(*, as_json: bool, **given: Any) -> None:
+    """Show what train would do: blocks, batch sizes, predicted peaks, shard bytes.
+
+    Reads the data set's labels and image size, profiles the model without allocating it, stores nothing.
+    """
+    from nf_pipeline.cli.tables import plan_text
+
+    config = config_from(given)
+    from nf_pipeline.driver.preview import preview_plan
+
+    plan = preview_plan(config)
+    placement = {
+        "executor": config.cluster.executor,
+        "address": config.cluster.address,
+        "device": config.train.device,
+    }
+    print(json.dumps(plan.to_json() | {"placement": placement}) if as_json else plan_text(plan, placement))
+
+
+@click.command(
+    "train",
+    short_help="Train block by block and keep the best small exit.",
+    epilog=f"Example: {EXAMPLE.format('train')} --store ./nf-runs --run first",
+)
+@config_options
+@json_option
+@quiet_option
+@debug_option
+def train_command(*, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Train block by block and keep the smallest exit that is accurate enough.
+
+    Everything goes to STORE/NAME (--store, --run). The same command again, or resume, continues a run
+    that was stopped: finished stages are skipped.
+    """
+    from nf_pipeline.run_uri import join_run_uri
+
+    config = config_from(given)
+    run_uri = join_run_uri(config.storage.uri, config.run)
+    from nf_pipeline.driver.run import train
+
+    with _displayed(run_uri, quiet=quiet) as progress:
+        summary = train(config, on_event=progress)
+    _print_summary(summary, run_uri, as_json=as_json)
+
+
+@click.command(
+    "resume",
+    short_help="Continue a run that was stopped.",
+    epilog="Example: nf-pipeline resume ./nf-runs/first",
+)
+@run_argument
+@click.option("--executor", type=click.Choice(["ray", "inline"]), help="Run it elsewhere than the run did.")
+@click.option("--address", metavar="A", help="Ray cluster to join, such as auto or ray-head:6379.")
+@json_option
+@quiet_option
+@debug_option
+def resume_command(uri: str, executor: str | None, address: str | None, as_json: bool, quiet: bool) -> None:
+    """Continue a run that was stopped, with the configuration stored in it.
+
+    Finished stages are verified and skipped; a half-trained block continues from its last epoch.
+    """
+    from nf_pipeline.driver.run import resume
+
+    cluster = _cluster(executor, address)
+    with _displayed(uri, quiet=quiet) as progress:
+        summary = resume(uri, on_event=progress, cluster=cluster)
+    _print_summary(summary, uri, as_json=as_json)
+
+
+@contextmanager
+def _displayed(run_uri: str, *, quiet: bool) -> Iterator[ProgressDisplay]:
+    from nf_pipeline.cli.progress import open_progress
+    from nf_pipeline.driver.status import read_plan
+
+    progress = open_progress(sys.stderr, plan=read_plan(run_uri), quiet=quiet)
+    try:
+        yield progress
+    except KeyboardInterrupt:
+        raise Interrupted(run_uri) from None
+    finally:
+        progress.close()
+
+
+def _cluster(executor: str | None, address: str | None) -> Any:
+    from nf_pipeline.config import ClusterConfig
+
+    given = {"executor": executor, "address": address}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return ClusterConfig(**chosen) if chosen else None
+
+
+def _print_summary(summary: dict[str, Any], run_uri: str, *, as_json: bool) -> None:
+    from nf_pipeline.cli.tables import summary_text
+
+    print(json.dumps(summary) if as_json else summary_text(summary, run_uri))

@@ -1,0 +1,256 @@
+"""The configuration of a run: one dial, `memory.budget_bytes`; everything else has a default or follows.
+
+Sections are frozen pydantic models with the doc string under each field. `resolve_config` merges a TOML file,
+`--set` assignments and named flags (later ones win) and turns pydantic's complaints into `ConfigError`s that
+name the field, what came and what is wanted. Knows nothing of torch, Ray or storage.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from nf_pipeline.errors import ConfigError
+from nf_pipeline.units import parse_bytes
+
+FORMAT_VERSION = 1
+
+ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(_Section):
+    """Which images, and how they are read and split."""
+
+    source: str = "digits"
+    """Directory or URI of Parquet, image folder, torchvision data set name, or `digits`."""
+    image_column: str | None = None
+    """Parquet column with the image; found by its type when not given."""
+    label_column: str | None = None
+    """Parquet column with the label; `label`, `labels`, `target` or `class` when not given."""
+    image_size: int | None = Field(default=None, ge=1, le=4096)
+    """Resize every image to this many pixels on both sides; required when sizes differ."""
+    val_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Part of the train split that becomes the validation split when the data brings none."""
+    test_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Part of the train split that becomes the test split when the data brings none."""
+    max_train_images: int | None = Field(default=None, ge=2)
+    """Stratified, seeded subset of the train split, validation included; None takes all."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """`skip` counts and lists images that cannot be decoded instead of ending the run."""
+    decode_threads: int = Field(default=4, ge=1, le=256)
+    """Threads that decode images in parallel."""
+
+
+class ModelConfig(_Section):
+    """Which network."""
+
+    name: str | None = None
+    """Registry name or `package.module:factory`; None picks one that suits the images."""
+
+
+class MemoryConfig(_Section):
+    """What a worker's training process may hold on its device."""
+
+    budget_bytes: ByteCount
+    """The dial: bytes, or text such as "300MiB". The CUDA context is not counted."""
+    max_batch_size: int = Field(default=128, ge=1, le=65536)
+    """Batches never grow beyond this, however much memory there is."""
+    min_batch_size: int = Field(default=2, ge=2, le=65536)
+    """A layer that cannot train with this many samples is a plan error."""
+    safety_margin: float = Field(default=0.03, ge=0.0, le=0.5)
+    """Part of the budget that plans leave free."""
+    join_threshold: float = Field(default=0.4, ge=0.0, le=1.0)
+    """Units join a block while their feasible batch differs by at most this part."""
+
+
+class TrainConfig(_Section):
+    """How each block is trained."""
+
+    epochs: int = Field(default=8, ge=1, le=100_000)
+    """Passes over the train split, per block."""
+    unit_layers: int = Field(default=3, ge=1, le=1000)
+    """Layers per local unit, with backpropagation inside; 1 is the paper's form."""
+    head: str = "adaptive"
+    """Auxiliary head of each unit: adaptive, classic or mlp_sr."""
+    lr: float = Field(default=0.05, gt=0.0, le=100.0)
+    """Peak learning rate at batch 128; scales linearly with the block's batch size."""
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Momentum of SGD."""
+    weight_decay: float = Field(default=5e-4, ge=0.0, le=1.0)
+    """L2 penalty."""
+    warmup_epochs: float = Field(default=1.0, ge=0.0)
+    """Linear warm-up before the cosine schedule, in epochs; at most half the schedule is used."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the forward and backward pass under autocast."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU when there is one."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Same seed, same weights, whichever executor (on CPU bit for bit)."""
+
+
+class ExitsConfig(_Section):
+    """How the final model's exit is chosen, on the validation split."""
+
+    tolerance: float = Field(default=0.5, ge=0.0, le=100.0)
+    """Percentage points that the chosen exit may be below the best one."""
+    confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
+    """Level of the intervals around each exit's validation accuracy."""
+
+
+class StorageConfig(_Section):
+    """Where and how the run is stored."""
+
+    uri: str = "./nf-runs"
+    """A folder or s3://bucket/prefix; endpoint and credentials come from the environment."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Type of stored activations."""
+    codec: Literal["none", "zstd", "lz4"] = "none"
+    """Parquet compression of the shards."""
+    shard_bytes: ByteCount = 32 * 2**20
+    """Tensor bytes per shard object."""
+
+    @field_validator("shard_bytes")
+    @classmethod
+    def _bound_shard(cls, value: int) -> int:
+        if not 2**10 <= value <= 2**30:
+            raise ValueError("want 1KiB to 1GiB")
+        return value
+
+
+class ClusterConfig(_Section):
+    """Where stages run. Never changes the result, so it is not part of the fingerprint."""
+
+    executor: Literal["ray", "inline"] = "ray"
+    """`inline` runs every stage in this process; `ray` as Ray tasks."""
+    address: str | None = None
+    """Ray address to join; None starts a local Ray and stops it at the end."""
+    num_threads: int | None = Field(default=None, ge=1, le=1024)
+    """CPU threads of a training worker; None takes all that the driver's machine has."""
+    placement_timeout_s: float = Field(default=60.0, gt=0.0)
+    """How long a task may wait for a worker before the run fails with what is missing."""
+
+
+class RunConfig(_Section):
+    """Everything that decides a run."""
+
+    run: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of the run: letters, digits, '.', '_' and '-'."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    memory: MemoryConfig
+    train: TrainConfig = TrainConfig()
+    exits: ExitsConfig = ExitsConfig()
+    storage: StorageConfig = StorageConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every setting that can change the result (16 hex digits)."""
+        settings = self.model_dump(exclude={"run": True, "cluster": True, "storage": {"uri"}})
+        return fingerprint_of({"format_version": FORMAT_VERSION, **settings})
+
+
+def fingerprint_of(document: Any) -> str:
+    """Hashes a JSON document independently of key order (16 hex digits of SHA-256)."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def resolve_config(
+    *, file: Path | None = None, assignments: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Merges file < `section.field=value` assignments < named flags into a validated config.
+
+    Args:
+        file: TOML with one table per section.
+        assignments: as given to `--set`; values are read as TOML, then as plain text.
+        flags: dotted field -> value; None values were not given.
+
+    Raises:
+        ConfigError: unreadable file, unknown field (with near names), or a value out of range.
+    """
+    merged: dict[str, Any] = _read_toml(file) if file is not None else {}
+    for assignment in assignments:
+        field, separator, text = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {assignment}: no '='", "--set section.field=value")
+        _assign(merged, field.strip(), _parse_value(text))
+    for field, value in (flags or {}).items():
+        if value is not None:
+            _assign(merged, field, value)
+    return validate_config(merged)
+
+
+def validate_config(document: Mapping[str, Any]) -> RunConfig:
+    """Checks a nested mapping against the schema.
+
+    Raises:
+        ConfigError: names every wrong field with got and want.
+    """
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def field_names() -> list[str]:
+    """Lists every setting as `section.field`, in the order of the classes."""
+    names = []
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            names += [f"{name}.{inner}" for inner in section.model_fields]
+        else:
+            names.append(name)
+    return names
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"config file {file}: {error}", "give a readable TOML file") from None
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        document = document.setdefault(section, {})
+        if not isinstance(document, dict):
+            raise ConfigError(f"{dotted}: {section} is no section", "--set section.field=value")
+    document[last] = value
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    known = field_names()
+    lines, fixes = [], []
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, known, n=3, cutoff=0.5)
+            lines.append(f"{field}: unknown setting")
+            fixes.append(f"did you mean {' or '.join(near)}?" if near else f"known settings: {', '.join(known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{field}: not given")
+            fixes.append("--memory-budget 300MiB" if field.startswith("memory") else f"give {field}")
+        else:
+            got = repr(problem["input"])
+            lines.append(f"{field}: got {got[:80]}, {problem['msg'].removeprefix('Value error, ')}")
+            fixes.append(f"change {field}")
+    return ConfigError("configuration: " + "; ".join(lines), "; ".join(dict.fromkeys(fixes)))

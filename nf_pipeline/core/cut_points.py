@@ -1,0 +1,219 @@
+"""Decides where a traced model is cut into layers and where its own classifier begins.
+
+A model may be cut where exactly one value crosses. Not every such place is used: what follows a convolution
+(normalisation, activation, pooling) stays with it, and residual blocks stay whole. Looks only at the graph;
+builds no modules. Entry: `find_cuts`.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import fx, nn
+
+from nf_pipeline.core.trace import BY_HAND, operation_name
+from nf_pipeline.errors import ConfigError
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+_CONV_FUNCTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d"}
+_TAIL_MODULES = (
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AvgPool2d,
+    nn.Flatten,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.AlphaDropout,
+    nn.Linear,
+)
+_TAIL_FUNCTIONS = {
+    *("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "mean", "amax", "linear"),
+    *("flatten", "view", "reshape", "squeeze"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Consecutive nodes of the graph.
+
+    Attributes:
+        name: path of the block, or of the first module with weights.
+        nodes: in order.
+        source: the one value from before that the nodes use.
+        result: the one value that is used after them.
+    """
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+    source: fx.Node
+    result: fx.Node
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Half-open range of positions in the list of nodes."""
+
+    start: int
+    stop: int
+
+
+def find_cuts(model: nn.Module, graph: fx.Graph) -> list[Piece]:
+    """Splits the graph into layers, in order, and the classifier, the last piece.
+
+    - A layer begins with an operation that has weights; operations without weights, and normalisation, join the
+      layer before them.
+    - A class with several instances, one of which has a skip connection inside, is a block; each of its
+      instances is one layer, also those without a skip (the strided ones of MobileNetV2).
+    - The classifier begins with the first pooling, flattening, dropout or linear operation after the last
+      convolution.
+
+    Raises:
+        ConfigError: no convolution, no classifier, or no place where a single value crosses.
+    """
+    return _Cutter(model, graph).pieces()
+
+
+class _Cutter:
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.placeholder = next(node for node in graph.nodes if node.op == "placeholder")
+        self.output = next(node for node in graph.nodes if node.op == "output")
+        self.nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        self.crossing = _crossing_values([self.placeholder, *self.nodes, self.output])
+        self.blocks = self._find_blocks()
+
+    def pieces(self) -> list[Piece]:
+        segments = self._segments()
+        last_conv = max((i for i, s in enumerate(segments) if self._has(s, self._is_conv)), default=None)
+        if last_conv is None:
+            raise self._error("it has no convolution")
+        after = range(last_conv + 1, len(segments))
+        tail = next((i for i in after if self._has(segments[i], self._is_tail_op)), None)
+        if tail is None:
+            raise self._error(self._why_no_tail(segments[last_conv]))
+        spans = [*self._join(segments[:tail]), _Span(segments[tail].start, len(self.nodes))]
+        return [self._piece(span) for span in spans]
+
+    def _segments(self) -> list[_Span]:
+        """Ranges between neighbouring places at which the graph may be cut."""
+        inside = {i for span in self.blocks.values() for i in range(span.start + 1, span.stop)}
+        places = [i for i in range(1, len(self.nodes)) if len(self.crossing[i]) == 1 and i not in inside]
+        bounds = [0, *places, len(self.nodes)]
+        return [_Span(start, stop) for start, stop in pairwise(bounds)]
+
+    def _join(self, segments: list[_Span]) -> list[_Span]:
+        """Begins a layer at each segment with weights; what comes before the first one joins it."""
+        starts = [segment.start for segment in segments if self._has(segment, self._is_weighted)]
+        bounds = [0, *starts[1:], segments[-1].stop]
+        return [_Span(start, stop) for start, stop in pairwise(bounds)]
+
+    def _piece(self, span: _Span) -> Piece:
+        (source,) = self.crossing[span.start]
+        (result,) = self.crossing[span.stop]
+        return Piece(
+            name=self._name(span),
+            nodes=tuple(self.nodes[span.start : span.stop]),
+            source=source,
+            result=result,
+        )
+
+    def _name(self, span: _Span) -> str:
+        for i in range(span.start, span.stop):
+            if self._is_weighted(self.nodes[i]):
+                block = next((path for path, b in self.blocks.items() if b.start <= i < b.stop), None)
+                return (block or _weighted_path(self.nodes[i])).partition("@")[0]
+        return str(self.nodes[span.start].name)
+
+    def _has(self, span: _Span, test: Callable[[fx.Node], bool]) -> bool:
+        return any(test(node) for node in self.nodes[span.start : span.stop])
+
+    def _is_weighted(self, node: fx.Node) -> bool:
+        """Whether the node has a weight matrix or kernel of its own; normalisation has only vectors."""
+        if node.op == "call_module":
+            module = self.modules[node.target]
+            return not isinstance(module, nn.LayerNorm) and any(p.dim() > 1 for p in module.parameters())
+        if node.op == "get_attr":
+            value = _attribute(self.model, node.target)
+            return isinstance(value, nn.Parameter) and value.dim() > 1
+        return False
+
+    def _is_conv(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.modules[node.target], _CONVS)
+        return operation_name(node) in _CONV_FUNCTIONS
+
+    def _is_tail_op(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.modules[node.target], _TAIL_MODULES)
+        return operation_name(node) in _TAIL_FUNCTIONS
+
+    def _find_blocks(self) -> dict[str, _Span]:
+        """Finds the calls of block classes: path -> range of nodes."""
+        calls = self._calls()
+        counts = Counter(cls for cls, _ in calls.values())
+        skipping = {cls for cls, span in calls.values() if counts[cls] > 1 and self._has_skip(span)}
+        stages = {
+            cls
+            for path, (cls, _) in calls.items()
+            if cls in skipping and _holds_two(path, cls, calls, skipping)
+        }
+        blocks = skipping - stages
+        inner = {path: span for path, (cls, span) in calls.items() if cls in blocks}
+        return {p: s for p, s in inner.items() if not any(_is_below(p, other) for other in inner)}
+
+    def _calls(self) -> dict[str, tuple[type, _Span]]:
+        """Lists every call of a module that was entered, with the range of its nodes."""
+        calls: dict[str, tuple[type, _Span]] = {}
+        for i, node in enumerate(self.nodes):
+            for path, (_, cls) in node.meta.get("nn_module_stack", {}).items():
+                if isinstance(cls, type) and not issubclass(cls, nn.Sequential):
+                    start = calls[path][1].start if path in calls else i
+                    calls[path] = (cls, _Span(start, i + 1))
+        return calls
+
+    def _has_skip(self, span: _Span) -> bool:
+        return any(len(self.crossing[i]) > 1 for i in range(span.start + 1, span.stop))
+
+    def _why_no_tail(self, segment: _Span) -> str:
+        places = range(segment.start + 1, segment.stop)
+        widest = max(places, key=lambda i: len(self.crossing[i]), default=None)
+        if widest is None or len(self.crossing[widest]) < 2:
+            return "no pooling, flattening, dropout or linear operation follows its last convolution"
+        names = ", ".join(str(node.name) for node in self.crossing[widest][:3])
+        return f"the values {names} are all used after {self.nodes[widest - 1].name}, up to the classifier"
+
+    def _error(self, reason: str) -> ConfigError:
+        return ConfigError(f"model {type(self.model).__name__} cannot be cut into layers: {reason}", BY_HAND)
+
+
+def _crossing_values(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Lists for each place i the values made before operation i and used by it or later.
+
+    Place 0 is before the first operation (nodes[0] is the input), the last place before the output.
+    """
+    index = {node: i for i, node in enumerate(nodes)}
+    last_use = [max((index[user] for user in node.users), default=i) for i, node in enumerate(nodes)]
+    return [[nodes[i] for i in range(place) if last_use[i] >= place] for place in range(1, len(nodes))]
+
+
+def _holds_two(path: str, cls: type, calls: dict[str, tuple[type, _Span]], classes: set[type]) -> bool:
+    """Whether a call holds several calls of one of the classes: a stage of blocks, not a block."""
+    below = Counter(other for p, (other, _) in calls.items() if _is_below(p, path) and other is not cls)
+    return any(below[other] > 1 for other in classes)
+
+
+def _is_below(path: str, ancestor: str) -> bool:
+    return path.startswith(ancestor + ".")
+
+
+def _weighted_path(node: fx.Node) -> str:
+    target = str(node.target)
+    return target if node.op == "call_module" else target.rpartition(".")[0] or target
+
+
+def _attribute(model: nn.Module, target: str) -> torch.Tensor | None:
+    path, _, name = target.rpartition(".")
+    return getattr(model.get_submodule(path), name, None)

@@ -1,0 +1,143 @@
+"""Groups units into blocks and gives each block its batch size, from profiles and a budget.
+
+Integers only, so that a plan is the same on every machine, and no torch. Bytes of a block at batch b, when its
+units train one after the other (METHOD: the maximum over the units, plus what stays resident of the others):
+
+    peak(b) = max over units u of (bytes_per_sample_u * b + constant_bytes_u + sum of resident_bytes of the others)
+
+Blocks grow greedily from the front: a unit joins while it wants a batch like that of the block's first unit. Joining
+saves a pass through the store; a batch far below what a unit could take costs speed. Entry function: `partition`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from nf_pipeline.config import MemoryConfig
+from nf_pipeline.errors import PlanError
+from nf_pipeline.plan import UnitProfile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Units that become one block.
+
+    Attributes:
+        start, stop: half-open range of units.
+        batch_size: largest that fits the effective budget, capped.
+        reason: why the block ends here and has this batch size.
+    """
+
+    start: int
+    stop: int
+    batch_size: int
+    reason: str
+
+
+def partition(
+    units: Sequence[UnitProfile],
+    budget_bytes: int,
+    cfg: MemoryConfig,
+    *,
+    unit_names: Sequence[str] | None = None,
+) -> list[Group]:
+    """Cuts the units into blocks that cover them in order without gaps.
+
+    Args:
+        units: profiles, at least one.
+        budget_bytes: what the training process may hold, the safety margin included.
+        cfg: thresholds, margin and batch limits; its own budget is not read.
+        unit_names: for errors and reasons; "unit 3" when not given.
+
+    Raises:
+        PlanError: a unit alone cannot train with the smallest batch; names the unit that needs the most.
+    """
+    names = unit_names or [f"unit {unit.unit_idx}" for unit in units]
+    available = effective_budget(budget_bytes, cfg)
+    _check_every_unit_fits(units, names, budget_bytes, cfg)
+    groups = []
+    start = 0
+    while start < len(units):
+        stop, reason = _grow(units, names, start, available, cfg)
+        batch_size = feasible_batch(units[start:stop], available, cfg.max_batch_size)
+        limit = _limit_reason(units[start:stop], names[start:stop], batch_size, cfg)
+        groups.append(Group(start=start, stop=stop, batch_size=batch_size, reason=f"{reason}; {limit}"))
+        start = stop
+    return groups
+
+
+def effective_budget(budget_bytes: int, cfg: MemoryConfig) -> int:
+    """Returns what plans may use: the budget less the safety margin, rounded down."""
+    keep = _keep(cfg)
+    return budget_bytes * keep.numerator // keep.denominator
+
+
+def smallest_budget(units: Sequence[UnitProfile], cfg: MemoryConfig) -> int:
+    """Returns the smallest budget, margin included, with which every unit trains at the smallest batch."""
+    return budget_for(max(unit.peak_bytes(cfg.min_batch_size) for unit in units), cfg)
+
+
+def budget_for(needed_bytes: int, cfg: MemoryConfig) -> int:
+    """Returns the smallest budget whose `effective_budget` is at least the bytes needed."""
+    keep = _keep(cfg)
+    return -(-needed_bytes * keep.denominator // keep.numerator)
+
+
+def block_peak_bytes(units: Sequence[UnitProfile], batch_size: int) -> int:
+    """Predicts the bytes of a block's training step: the worst unit, with all others resident."""
+    resident = sum(unit.resident_bytes for unit in units)
+    return max(unit.peak_bytes(batch_size) - unit.resident_bytes for unit in units) + resident
+
+
+def feasible_batch(units: Sequence[UnitProfile], available_bytes: int, max_batch_size: int) -> int:
+    """Returns the largest batch, at most the cap, whose `block_peak_bytes` fits; 0 or less if none does."""
+    free = available_bytes - sum(unit.resident_bytes for unit in units)
+    batch_size = max_batch_size
+    for unit in units:
+        unit_free = free + unit.resident_bytes - unit.constant_bytes
+        if unit.bytes_per_sample > 0:
+            batch_size = min(batch_size, unit_free // unit.bytes_per_sample)
+        elif unit_free < 0:
+            return 0
+    return batch_size
+
+
+def _keep(cfg: MemoryConfig) -> Fraction:
+    # The decimal that the user wrote, not its binary neighbour: 0.03 is 3/100.
+    return 1 - Fraction(str(cfg.safety_margin))
+
+
+def _check_every_unit_fits(
+    units: Sequence[UnitProfile], names: Sequence[str], budget_bytes: int, cfg: MemoryConfig
+) -> None:
+    needed = [unit.peak_bytes(cfg.min_batch_size) for unit in units]
+    worst = max(range(len(units)), key=needed.__getitem__)
+    if needed[worst] > effective_budget(budget_bytes, cfg):
+        raise PlanError(names[worst], needed[worst], budget_bytes, smallest_budget(units, cfg))
+
+
+def _grow(
+    units: Sequence[UnitProfile], names: Sequence[str], start: int, available: int, cfg: MemoryConfig
+) -> tuple[int, str]:
+    """Returns where the block that starts here stops, and why."""
+    threshold = Fraction(str(cfg.join_threshold))
+    reference = feasible_batch(units[start : start + 1], available, cfg.max_batch_size)
+    for stop in range(start + 1, len(units)):
+        alone = feasible_batch(units[stop : stop + 1], available, cfg.max_batch_size)
+        if abs(alone - reference) > threshold * reference:
+            return stop, f"{names[stop]} takes batch {alone}, this block's first unit {reference}"
+        joint = feasible_batch(units[start : stop + 1], available, cfg.max_batch_size)
+        if joint < max((1 - threshold) * reference, cfg.min_batch_size):
+            return stop, f"with {names[stop]} the batch would fall from {reference} to {max(joint, 0)}"
+    return len(units), "the model ends"
+
+
+def _limit_reason(
+    units: Sequence[UnitProfile], names: Sequence[str], batch_size: int, cfg: MemoryConfig
+) -> str:
+    if batch_size == cfg.max_batch_size:
+        return f"batch {batch_size} is memory.max_batch_size"
+    worst = max(
+        range(len(units)), key=lambda idx: units[idx].peak_bytes(batch_size + 1) - units[idx].resident_bytes
+    )
+    return f"batch {batch_size} is what {names[worst]} leaves room for"

@@ -1,0 +1,133 @@
+"""One mini-batch through a block: unit after unit, each with its own loss, backward pass and optimiser step.
+
+The profiler runs this very code on fake tensors and the worker on real ones, so the predicted bytes are those of
+the code that trains. Knows nothing of data, schedules, checkpoints or what a loss should look like: losses stay
+tensors, because reading one (`.item()`) would wait for the GPU at every step. Entry function: `train_step`.
+
+Shapes: N batch, C channels, H, W, K classes.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from nf_pipeline.config import TrainConfig
+from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+
+# One kernel per optimiser step and no temporary the size of the weights, which `foreach` would make.
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turns `train.device` into a device of this process; auto takes the GPU when there is one.
+
+    Raises:
+        ConfigError: cuda is asked for and torch sees no GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device: got cuda, but torch sees no GPU here", "--set train.device=cpu or auto")
+    return torch.device(name)
+
+
+def make_optimizer(unit: nn.Module, cfg: TrainConfig, lr: float) -> torch.optim.SGD:
+    """Makes SGD with momentum for one unit.
+
+    Args:
+        unit: on its final device; every parameter that requires a gradient is taken.
+        cfg: momentum and weight decay are read.
+        lr: learning rate of the first step; schedules write `param_groups[0]["lr"]`.
+    """
+    parameters = [parameter for parameter in unit.parameters() if parameter.requires_grad]
+    if all(parameter.device.type in _FUSED_DEVICES for parameter in parameters):
+        kernel = {"fused": True}
+    else:
+        kernel = {"foreach": False}
+    return torch.optim.SGD(
+        parameters, lr=lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, **kernel
+    )
+
+
+def train_step(
+    units: Sequence[LocalUnit],
+    optimizers: Sequence[torch.optim.Optimizer],
+    x_NCHW: torch.Tensor,
+    y_N: torch.Tensor,
+    precision: Precision,
+) -> list[torch.Tensor]:
+    """Trains every unit of a block on one mini-batch; gradients stop at each unit's input.
+
+    A unit's activations are free before the next unit starts. So is the batch, if the caller keeps no name for it:
+    `train_step(units, optimizers, to_device(batch), ...)`.
+
+    Args:
+        units: in order, in train mode.
+        optimizers: one per unit, from `make_optimizer`.
+        x_NCHW: the block's input, float32, on the units' device.
+        y_N: int64 class indices, same device.
+        precision: bf16 runs forward passes and losses under autocast.
+
+    Returns:
+        One detached scalar loss per unit, still on the device.
+    """
+    losses = []
+    for unit, optimizer in zip(units, optimizers, strict=True):
+        x_NCHW, loss = _train_unit(unit, optimizer, x_NCHW, y_N, precision)
+        losses.append(loss)
+    return losses
+
+
+def forward_block(
+    units: Sequence[LocalUnit], x_NCHW: torch.Tensor, precision: Precision, *, with_heads: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Runs a block without gradients, to validate it or to store its output.
+
+    Args:
+        units: in order, in eval mode.
+        x_NCHW: the block's input, float32, on the units' device.
+        precision: as in training.
+        with_heads: False skips the heads.
+
+    Returns:
+        The last unit's output, and logits_NK per unit (none without heads).
+    """
+    all_logits = []
+    with torch.no_grad(), _autocast(x_NCHW.device, precision):
+        for unit in units:
+            if with_heads:
+                x_NCHW, logits_NK = unit(x_NCHW)
+                all_logits.append(logits_NK)
+            else:
+                for layer in unit.layers:
+                    x_NCHW = layer(x_NCHW)
+    return x_NCHW, all_logits
+
+
+def _train_unit(
+    unit: LocalUnit,
+    optimizer: torch.optim.Optimizer,
+    x_NCHW: torch.Tensor,
+    y_N: torch.Tensor,
+    precision: Precision,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with _autocast(x_NCHW.device, precision):
+        out_NCHW, logits_NK = unit(x_NCHW)
+        loss = functional.cross_entropy(logits_NK, y_N)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return out_NCHW.detach(), loss.detach()
+
+
+def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

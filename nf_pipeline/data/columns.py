@@ -1,0 +1,221 @@
+"""Finds the image and label columns of a Parquet schema, and turns their cells into images and numbers.
+
+Knows nothing of files or splits. Entry: `find_image_column`, `find_label_column`, `image_cells`.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nf_pipeline.data.base import StoredImage, Unusable
+from nf_pipeline.errors import DataError
+from nf_pipeline.storage.shards import spec_of_field
+
+LABEL_NAMES = ("label", "labels", "target", "class")
+IMAGE_NAMES = ("image", "images", "img", "tensor")
+
+_CHANNELS = (1, 3, 4)
+_SHOWN_COLUMNS = 20
+
+Cells = Callable[[pa.Array], Iterator[StoredImage]]
+
+
+def find_image_column(schema: pa.Schema, given: str | None, file: str) -> str:
+    """Finds the column that holds images: the one of an image's type, or the one with an image's name.
+
+    Args:
+        schema: of one file.
+        given: the name that the user gave, if any.
+        file: for errors.
+
+    Raises:
+        DataError: missing, not an image, none found, or several that could be meant.
+    """
+    if given is not None:
+        _require(schema, given, file, "data.image_column")
+        if image_rank(schema.field(given)) is None:
+            raise DataError(
+                f"{file}, column {given!r}: type {schema.field(given).type} holds no images, want "
+                "struct<bytes, path>, binary or a uint8 tensor",
+                "--set data.image_column=NAME with another column",
+            )
+        return given
+    ranks = {field.name: image_rank(field) for field in schema}
+    found = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
+    best = [name for rank, name in found if rank == found[0][0]]
+    if len(best) > 1:
+        best = [name for name in best if name.lower() in IMAGE_NAMES] or best
+    if len(best) != 1:
+        problem = f"columns {best} could all be the image" if best else "no column holds images"
+        raise DataError(
+            f"{file}: {problem}; it has {_columns(schema)}",
+            "--set data.image_column=NAME of the image column",
+        )
+    return best[0]
+
+
+def find_label_column(schema: pa.Schema, given: str | None, file: str) -> str:
+    """Finds the column that holds labels: the given one, else the first of `LABEL_NAMES`.
+
+    Raises:
+        DataError: missing, or neither whole numbers nor text.
+    """
+    names = {name.lower(): name for name in reversed(schema.names)}
+    name = given or next((names[known] for known in LABEL_NAMES if known in names), None)
+    if name is None:
+        raise DataError(
+            f"{file}: no label column, want one of {', '.join(LABEL_NAMES)}; it has {_columns(schema)}",
+            "--set data.label_column=NAME of the label column",
+        )
+    _require(schema, name, file, "data.label_column")
+    kind = schema.field(name).type
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_integer(value) or is_text(value)):
+        raise DataError(
+            f"{file}, column {name!r}: type {kind}, want whole numbers or text",
+            "--set data.label_column=NAME with another column, or convert it",
+        )
+    return name
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Tells whether a type holds text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def image_rank(field: pa.Field) -> int | None:
+    """Ranks how surely a column's type means images: 0 surest, None not at all."""
+    kind = field.type
+    if pa.types.is_struct(kind):
+        child = kind.field("bytes") if kind.get_field_index("bytes") >= 0 else None
+        return 0 if child is not None and _is_binary(child.type) else None
+    if _tensor_shape(field) is not None:
+        return 1
+    if _nested_uint8(kind):
+        return 2
+    return 3 if _is_binary(kind) else None
+
+
+def image_cells(field: pa.Field) -> Cells:
+    """Returns the function that yields one stored image per row of an array of this column.
+
+    Invariant: never raises for the content of a cell; what is no image is an `Unusable`.
+    """
+    kind = field.type
+    if pa.types.is_struct(kind):
+        return lambda array: _encoded(pc.struct_field(array, "bytes"))
+    shape = _tensor_shape(field)
+    if shape is not None and pa.types.is_fixed_size_binary(kind):
+        return lambda array: _raw_tensors(array, shape)
+    if shape is not None:
+        axes = tuple(kind.permutation) if kind.permutation is not None else tuple(range(len(shape)))
+        return lambda array: _shaped_tensors(array, shape, axes)
+    return _encoded if _is_binary(kind) else _nested_lists
+
+
+def class_names_of(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
+    """Reads the class names that Hugging Face data sets keep in the schema's metadata.
+
+    Source: https://huggingface.co/docs/datasets/package_reference/main_classes#datasets.Features
+    """
+    text = (schema.metadata or {}).get(b"huggingface")
+    try:
+        names = json.loads(text)["info"]["features"][label_column]["names"] if text else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names)
+
+
+def _encoded(array: pa.Array) -> Iterator[StoredImage]:
+    for data in array.to_pylist():
+        yield data if data else Unusable("it is null" if data is None else "it has no bytes")
+
+
+def _raw_tensors(array: pa.Array, shape: tuple[int, ...]) -> Iterator[StoredImage]:
+    for data in array.to_pylist():
+        yield (
+            Unusable("it is null") if data is None else _pixels(np.frombuffer(data, np.uint8).reshape(shape))
+        )
+
+
+def _shaped_tensors(array: pa.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Iterator[StoredImage]:
+    storage = array.storage
+    for row in range(len(storage)):
+        cell = storage[row]
+        if not cell.is_valid or cell.values.null_count:
+            yield Unusable("it is null")
+        else:
+            yield _pixels(cell.values.to_numpy().reshape(shape).transpose(axes))
+
+
+def _nested_lists(array: pa.Array) -> Iterator[StoredImage]:
+    for row in range(len(array)):
+        yield _nested_list(array.slice(row, 1))
+
+
+def _nested_list(array: pa.Array) -> StoredImage:
+    # Each level of a proper tensor has lists of one length only; their lengths are its shape.
+    shape: list[int] = []
+    while _is_list(array.type):
+        lengths = pc.list_value_length(array)
+        if lengths.null_count:
+            return Unusable("it is null" if not shape else "it has a null inside")
+        distinct = lengths.unique().to_pylist()
+        if len(distinct) != 1:
+            return Unusable("its rows have different lengths")
+        shape.append(distinct[0])
+        array = array.flatten()
+    if array.null_count or 0 in shape:
+        return Unusable("it has a null inside" if array.null_count else "it has no pixels")
+    return _pixels(array.to_numpy().reshape(shape))
+
+
+def _pixels(tensor: np.ndarray) -> StoredImage:
+    # [H, W], [H, W, C] or [C, H, W] -> [H, W] or [H, W, C]
+    if 0 in tensor.shape:
+        return Unusable("it has no pixels")
+    if tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[2] in _CHANNELS):
+        return tensor
+    if tensor.ndim == 3 and tensor.shape[0] in _CHANNELS:
+        return tensor.transpose(1, 2, 0)
+    return Unusable(f"shape {tuple(tensor.shape)}, want (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4")
+
+
+def _tensor_shape(field: pa.Field) -> tuple[int, ...] | None:
+    if isinstance(field.type, pa.FixedShapeTensorType):
+        return tuple(field.type.shape) if pa.types.is_uint8(field.type.value_type) else None
+    spec = spec_of_field(field)
+    return spec.shape if spec is not None and spec.dtype == "uint8" else None
+
+
+def _nested_uint8(kind: pa.DataType) -> bool:
+    depth = 0
+    while _is_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    return depth in (2, 3) and pa.types.is_uint8(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _require(schema: pa.Schema, name: str, file: str, setting: str) -> None:
+    if name not in schema.names:
+        raise DataError(
+            f"{file}: missing column {name!r}; it has {_columns(schema)}",
+            f"--set {setting}=NAME of a column there is",
+        )
+
+
+def _columns(schema: pa.Schema) -> str:
+    shown = ", ".join(f"{field.name!r} ({field.type})" for field in list(schema)[:_SHOWN_COLUMNS])
+    return shown + (", ..." if len(schema) > _SHOWN_COLUMNS else "")

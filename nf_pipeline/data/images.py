@@ -1,0 +1,168 @@
+"""Images for a finished model: any input, in stored order, of the shape that the model takes.
+
+Knows nothing of models beyond that shape and the class names. Entry: `open_images` for inputs without labels,
+`open_labelled` for inputs with labels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nf_pipeline.config import DataConfig
+from nf_pipeline.data.base import RawImage, Source, Split, printable
+from nf_pipeline.data.classes import check_label_range
+from nf_pipeline.data.decode import decode_stream
+from nf_pipeline.data.files import is_parquet_name
+from nf_pipeline.data.image_folder import list_images, read_inside
+from nf_pipeline.data.skipped import SkippedImages
+from nf_pipeline.data.sources import DIGITS, has_parquet, local_path, open_source
+from nf_pipeline.errors import DataError
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledBatch:
+    """Some images with their labels.
+
+    Attributes:
+        ids: unique names of the images, N of them.
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], positions in the model's class names.
+    """
+
+    ids: list[str]
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def open_images(
+    cfg: DataConfig, image_shape: Shape, skipped: SkippedImages | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Streams every image of an input, all splits, labels not needed.
+
+    Args:
+        cfg: `source` may also be one image file or a folder of images without class folders.
+        image_shape: (C, H, W) that the model takes. Grey images become RGB for a model of colour images;
+            sizes must agree unless `cfg.image_size` says to resize.
+        skipped: counts undecodable images; None makes one with the policy of `cfg.on_bad_image`.
+
+    Yields:
+        The image's id, unique in the input, and uint8 [C, H, W].
+
+    Raises:
+        DataError: nothing there, an undecodable image, or one of another shape; names it.
+    """
+    skipped = skipped or SkippedImages(cfg.on_bad_image)
+    files = _plain_images(cfg.source)
+    if files is not None:
+        yield from _file_images(*files, cfg, image_shape, skipped)
+        return
+    source = open_source(cfg)
+    for split in source.splits:
+        for rows, images in _decoded(source, split, cfg, image_shape, skipped):
+            yield from zip((source.image_id(split, row) for row in rows.tolist()), images, strict=True)
+
+
+def open_labelled(
+    cfg: DataConfig,
+    image_shape: Shape,
+    class_names: tuple[str, ...],
+    skipped: SkippedImages | None = None,
+) -> Iterator[LabelledBatch]:
+    """Streams the labelled images of a data set: its test split if it brings one, else all its rows.
+
+    Named classes are matched by name, numbers are taken as they are.
+
+    Args:
+        cfg: the data set.
+        image_shape: as `open_images`.
+        class_names: of the model, by label.
+        skipped: as `open_images`.
+
+    Raises:
+        DataError: as `open_images`, or a label that the model does not know.
+    """
+    skipped = skipped or SkippedImages(cfg.on_bad_image)
+    source = open_source(cfg)
+    splits: tuple[Split, ...] = ("test",) if "test" in source.splits else source.splits
+    for split in splits:
+        labels = _model_labels(source, split, class_names)
+        for rows, images in _decoded(source, split, cfg, image_shape, skipped):
+            ids = [source.image_id(split, row) for row in rows.tolist()]
+            yield LabelledBatch(ids=ids, images=images, labels=labels[rows])
+
+
+def _model_labels(source: Source, split: Split, class_names: tuple[str, ...]) -> np.ndarray:
+    labels = source.labels(split)
+    names = source.class_names
+    numbered = tuple(str(label) for label in range(len(class_names)))
+    if names is None or class_names == numbered:
+        check_label_range(source, split, labels, len(class_names))
+        return labels
+    check_label_range(source, split, labels, len(names))
+    position = {name: label for label, name in enumerate(class_names)}
+    mapped = np.array([position.get(name, -1) for name in names], np.int64)[labels]
+    if (mapped < 0).any():
+        row = int(np.argmax(mapped < 0))
+        raise DataError(
+            f"{source.where(split, row, 'label')}: class {names[labels[row]]!r} is none of the model's "
+            f"{len(class_names)} classes",
+            "evaluate on data with the classes that the model was trained on",
+        )
+    return mapped
+
+
+def _decoded(
+    source: Source, split: Split, cfg: DataConfig, shape: Shape, skipped: SkippedImages
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    wanted = np.ones(source.num_rows(split), bool)
+
+    def where(row: int) -> str:
+        return source.where(split, row, "image")
+
+    for batch in decode_stream(
+        source.read(split, wanted, seed=None),
+        shape=shape,
+        image_size=cfg.image_size,
+        threads=cfg.decode_threads,
+        where=where,
+    ):
+        for row, reason in batch.bad:
+            skipped.add(where(row), reason)
+        yield batch.rows, batch.images
+
+
+def _plain_images(source: str) -> tuple[Path, list[str]] | None:
+    # A file that is no Parquet, or a folder without any; None leaves the source to `open_source`.
+    if source == DIGITS or source.startswith(("s3://", "torchvision:")):
+        return None
+    path = local_path(source)
+    if path.is_file() and not is_parquet_name(path.name):
+        return path.parent, [path.name]
+    if not path.is_dir() or has_parquet(path):
+        return None
+    found = list_images(path)
+    if not found:
+        raise DataError(f"{printable(source)}: no images and no Parquet files", "a folder with images")
+    return path, found
+
+
+def _file_images(
+    root: Path, names: list[str], cfg: DataConfig, shape: Shape, skipped: SkippedImages
+) -> Iterator[tuple[str, np.ndarray]]:
+    real_root = str(root.resolve())
+    images = (RawImage(row, partial(read_inside, real_root, root / name)) for row, name in enumerate(names))
+
+    def where(row: int) -> str:
+        return printable(names[row])
+
+    for batch in decode_stream(
+        images, shape=shape, image_size=cfg.image_size, threads=cfg.decode_threads, where=where
+    ):
+        for row, reason in batch.bad:
+            skipped.add(where(row), reason)
+        yield from zip((where(row) for row in batch.rows.tolist()), batch.images, strict=True)

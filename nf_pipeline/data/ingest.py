@@ -1,0 +1,254 @@
+"""Stage 0: images of any source -> uint8 shards of the splits train, val and test, and a manifest.
+
+Labels are read and checked first, then splits are cut, then every wanted image is read, decoded and written
+once, in an order that the seed decides. Memory does not grow with the data set (8 bytes of label for each row
+aside). Knows nothing of models. Entry: `ingest`; `ingest_fingerprint` tells whether it must run again.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nf_pipeline.config import RunConfig, fingerprint_of
+from nf_pipeline.data.base import SPLITS, Source, Split
+from nf_pipeline.data.channel_statistics import ChannelStatistics
+from nf_pipeline.data.classes import Labels, read_labels
+from nf_pipeline.data.decode import DecodedBatch, Undecodable, decode_image, decode_stream
+from nf_pipeline.data.skipped import SkippedImages
+from nf_pipeline.data.sources import open_source
+from nf_pipeline.data.splits import TRAIN, UNUSED, cut_splits
+from nf_pipeline.errors import DataError
+from nf_pipeline.events import Event, Note, Progress, StageDone, StageStarted
+from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.manifest import StageManifest, commit_manifest
+from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
+from nf_pipeline.storage.store import Store
+
+STAGE = "ingest"
+INGEST_VERSION = 1
+
+_REPORT_S = 0.5
+
+
+def ingest_fingerprint(cfg: RunConfig, source: Source) -> str:
+    """Hashes all that decides the ingested shards: the data's own facts, its settings and the seed.
+
+    The path is not part of it: data that moved is the same data.
+    """
+    settings = cfg.data.model_dump(exclude={"source", "decode_threads"})
+    return fingerprint_of(
+        {
+            "ingest_version": INGEST_VERSION,
+            "source": source.describe(),
+            "data": settings,
+            "seed": cfg.train.seed,
+            "shard_bytes": cfg.storage.shard_bytes,
+        }
+    )
+
+
+def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Iterator[Event]:
+    """Runs the stage; its shards count from the manifest on, which is written last.
+
+    The manifest's facts: dataset, num_classes, class_names, image_shape [C, H, W], mean and std per channel
+    of value / 255 over train, split_rows, num_skipped, skipped (the first 100), source.
+
+    Args:
+        store: of the run.
+        layout: its keys.
+        cfg: sections data, storage and train.seed are used.
+        attempt: id; the shards live under it.
+
+    Raises:
+        DataError: the data cannot be used; names file, row and column.
+        StorageError: data or store cannot be reached.
+        AlreadyExists: another attempt committed first.
+    """
+    started_s = time.monotonic()
+    yield StageStarted(stage=STAGE, attempt=attempt, worker=f"{socket.gethostname()}:{os.getpid()}")
+    source = open_source(cfg.data)
+    labels = read_labels(source)
+    codes = cut_splits(
+        labels.by_split,
+        seed=cfg.train.seed,
+        val_fraction=cfg.data.val_fraction,
+        test_fraction=cfg.data.test_fraction,
+        max_train_images=cfg.data.max_train_images,
+    )
+    job = _Job(
+        source=source, cfg=cfg, labels=labels, codes=codes, skipped=SkippedImages(cfg.data.on_bad_image)
+    )
+    shape = _first_shape(job)
+    written = _Written(ChannelStatistics(shape[0]))
+    spec = TensorSpec("uint8", shape)
+    yield from _write(store, layout, job, spec, attempt, written)
+    _check_written(job, written)
+    if job.skipped.num_images:
+        yield Note(stage=STAGE, level="warning", text=job.skipped.summary())
+    facts = _facts(job, shape, written)
+    manifest = StageManifest(
+        stage=STAGE,
+        fingerprint=ingest_fingerprint(cfg, source),
+        attempt=attempt,
+        spec=spec,
+        shards=written.shards,
+        facts=facts,
+    )
+    commit_manifest(store, layout.ingest_manifest, manifest)
+    yield StageDone(stage=STAGE, result=facts, seconds=time.monotonic() - started_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    source: Source
+    cfg: RunConfig
+    labels: Labels
+    codes: dict[Split, np.ndarray]
+    skipped: SkippedImages
+
+    @property
+    def num_images(self) -> int:
+        return sum(int((codes != UNUSED).sum()) for codes in self.codes.values())
+
+    def first_sample_id(self, split: Split) -> int:
+        """Rows of the source are numbered through its splits."""
+        before = self.source.splits[: self.source.splits.index(split)]
+        return sum(self.source.num_rows(earlier) for earlier in before)
+
+
+@dataclass
+class _Written:
+    statistics: ChannelStatistics
+    shards: dict[str, tuple[ShardInfo, ...]] = field(default_factory=dict)
+    class_rows: dict[Split, np.ndarray] = field(default_factory=dict)
+
+
+def _first_shape(job: _Job) -> tuple[int, int, int]:
+    # The first image in stored order decides, not the first one read: errors must not depend on the seed.
+    wanted = job.codes["train"] == TRAIN
+    images = job.source.read("train", wanted, seed=None)
+    for row, cell in images:
+        try:
+            channels, height, width = decode_image(cell, job.cfg.data.image_size).shape
+        except Undecodable as error:
+            job.skipped.check(job.source.where("train", row, "image"), str(error))
+            continue
+        return channels, height, width
+    raise DataError(
+        f"{job.source.name}: split train is empty: none of its {int(wanted.sum())} images can be decoded",
+        "replace the data set",
+    )
+
+
+def _write(
+    store: Store, layout: RunLayout, job: _Job, spec: TensorSpec, attempt: str, written: _Written
+) -> Iterator[Event]:
+    prefix = layout.ingest_attempt(attempt)
+    shard_bytes = job.cfg.storage.shard_bytes
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                # One upload at a time keeps three writers within six buffers; decoding is the slower part.
+                ShardWriter(store, _make_key(layout, prefix, split), spec, shard_bytes, upload_threads=1)
+            )
+            for split in SPLITS
+        ]
+        yield from _fill(job, spec.shape, writers, written)
+        written.shards = {split: tuple(writer.close()) for split, writer in zip(SPLITS, writers, strict=True)}
+
+
+def _make_key(layout: RunLayout, prefix: str, split: str) -> Any:
+    return lambda shard_idx: layout.ingest_shard(prefix, split, shard_idx)
+
+
+def _fill(
+    job: _Job, shape: Sequence[int], writers: list[ShardWriter], written: _Written
+) -> Iterator[Progress]:
+    num_classes = len(job.labels.class_names)
+    written.class_rows = {split: np.zeros(num_classes, np.int64) for split in SPLITS}
+    started_s = reported_s = time.monotonic()
+    done, total = 0, job.num_images
+    for split, batch in _decoded(job, shape):
+        _append(job, split, batch, writers, written)
+        done += len(batch.rows) + len(batch.bad)
+        now_s = time.monotonic()
+        if now_s - reported_s > _REPORT_S or done == total:
+            reported_s = now_s
+            rate = done / max(now_s - started_s, 1e-9)
+            yield Progress(stage=STAGE, phase="read", done=done, total=total, images_per_s=rate)
+
+
+def _decoded(job: _Job, shape: Sequence[int]) -> Iterator[tuple[Split, DecodedBatch]]:
+    channels, height, width = shape
+    data = job.cfg.data
+    for split in job.source.splits:
+
+        def where(row: int, split: Split = split) -> str:
+            return job.source.where(split, row, "image")
+
+        images = job.source.read(split, job.codes[split] != UNUSED, job.cfg.train.seed)
+        for batch in decode_stream(
+            images,
+            shape=(channels, height, width),
+            image_size=data.image_size,
+            threads=data.decode_threads,
+            where=where,
+        ):
+            for row, reason in batch.bad:
+                job.skipped.add(where(row), reason)
+            yield split, batch
+
+
+def _append(
+    job: _Job, source_split: Split, batch: DecodedBatch, writers: list[ShardWriter], written: _Written
+) -> None:
+    labels = job.labels.by_split[source_split][batch.rows]
+    codes = job.codes[source_split][batch.rows]
+    sample_ids = batch.rows + job.first_sample_id(source_split)
+    for code, (split, writer) in enumerate(zip(SPLITS, writers, strict=True)):
+        chosen = codes == code
+        if not chosen.any():
+            continue
+        images_NCHW = batch.images[chosen]
+        writer.append(images_NCHW.reshape(len(images_NCHW), -1), labels[chosen], sample_ids[chosen])
+        written.class_rows[split] += np.bincount(labels[chosen], minlength=len(job.labels.class_names))
+        if code == TRAIN:
+            written.statistics.add(images_NCHW)
+
+
+def _check_written(job: _Job, written: _Written) -> None:
+    # Only skipped images can leave a gap here: the labels were checked before.
+    for split, class_rows in written.class_rows.items():
+        if not class_rows.any():
+            raise DataError(
+                f"{job.source.name}: split {split} is empty: {job.skipped.summary()}",
+                "replace the damaged images",
+            )
+    missing = np.flatnonzero(written.class_rows["train"] == 0)
+    if len(missing):
+        raise DataError(
+            f"{job.source.name}: class {missing[0]} ({job.labels.class_names[missing[0]]!r}) has no image left "
+            f"in split train: {job.skipped.summary()}",
+            "replace the damaged images",
+        )
+
+
+def _facts(job: _Job, shape: Sequence[int], written: _Written) -> dict[str, Any]:
+    return {
+        "dataset": job.source.name,
+        "num_classes": len(job.labels.class_names),
+        "class_names": list(job.labels.class_names),
+        "image_shape": list(shape),
+        "mean": written.statistics.mean(),
+        "std": written.statistics.std(),
+        "split_rows": {split: int(rows.sum()) for split, rows in written.class_rows.items()},
+        "num_skipped": job.skipped.num_images,
+        "skipped": job.skipped.listed,
+        "source": job.cfg.data.source,
+    }

@@ -1,0 +1,52 @@
+"""events.jsonl of a run: what happened, in order, readable while the run works.
+
+Progress within an epoch goes to the listener only. The object is rewritten at most every few seconds, since an
+object store cannot append, and at every change of stage.
+"""
+
+import json
+import time
+from collections.abc import Callable
+
+from nf_pipeline.errors import ObjectMissing
+from nf_pipeline.events import EpochDone, Event, Note, Progress
+from nf_pipeline.storage.store import Store
+
+Listener = Callable[[Event], None]
+
+FLUSH_EVERY_S = 5.0
+
+
+class EventLog:
+    """Hands events to a listener and keeps the run's log; appends to what an earlier driver wrote."""
+
+    def __init__(self, store: Store, key: str, listener: Listener | None) -> None:
+        self._store = store
+        self._key = key
+        self._listener = listener
+        try:
+            self._lines = [bytes(store.get(key))]
+        except ObjectMissing:
+            self._lines = []
+        self._flushed = time.monotonic()
+        self._dirty = False
+
+    def add(self, event: Event) -> None:
+        """Takes one event."""
+        if self._listener is not None:
+            self._listener(event)
+        if isinstance(event, Progress):
+            return
+        self._lines.append(json.dumps(event.to_json()).encode() + b"\n")
+        self._dirty = True
+        if not isinstance(event, EpochDone | Note) or time.monotonic() - self._flushed > FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what has come since the last flush."""
+        if not self._dirty:
+            return
+        self._lines = [b"".join(self._lines)]
+        self._store.put(self._key, self._lines[0])
+        self._dirty = False
+        self._flushed = time.monotonic()

@@ -1,0 +1,111 @@
+"""run.json: the resolved configuration of a run, written once, checked whenever the run is continued."""
+
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+from nf_pipeline.config import FORMAT_VERSION, ClusterConfig, RunConfig, validate_config
+from nf_pipeline.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, RunConflict
+from nf_pipeline.run_uri import split_run_uri
+from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.store import Store, open_store
+
+_RECORDED_PACKAGES = ("nf_pipeline", "torch", "torchvision", "ray", "pyarrow", "s3fs")
+
+
+def open_run(store: Store, layout: RunLayout, config: RunConfig) -> RunConfig:
+    """Creates the run's record, or checks that the one there describes the same work.
+
+    Returns:
+        The configuration with the store's absolute URI, as workers need it.
+
+    Raises:
+        RunConflict: the name is taken by a run with another configuration.
+    """
+    config = config.model_copy(update={"storage": config.storage.model_copy(update={"uri": store.uri})})
+    record = {
+        "format_version": FORMAT_VERSION,
+        "run": config.run,
+        "fingerprint": config.fingerprint,
+        "config": config.model_dump(mode="json"),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    try:
+        store.create(layout.run_json, json.dumps(record, indent=2).encode())
+    except AlreadyExists:
+        _check_same(store, layout, config)
+    return config
+
+
+def load_run(uri: str, cluster: ClusterConfig | None = None) -> RunConfig:
+    """Reads a run's configuration back.
+
+    Args:
+        uri: STORE/NAME.
+        cluster: replaces the recorded section.
+
+    Raises:
+        ObjectMissing: there is no such run.
+        ObjectCorrupt: run.json cannot be read.
+    """
+    store_uri, run = split_run_uri(uri)
+    store = open_store(store_uri)
+    record = read_json(store, RunLayout(run).run_json)
+    if record is None:
+        raise ObjectMissing(f"there is no run {run!r}", store.uri, "check the name, or start it with train")
+    try:
+        document = {**record["config"]}
+    except (KeyError, TypeError):
+        raise ObjectCorrupt("run.json holds no configuration", f"{store.uri}/{run}") from None
+    # A run that was copied or moved is where it is found, not where it was written.
+    document["storage"] = {**document.get("storage", {}), "uri": store.uri}
+    document["run"] = run
+    if cluster is not None:
+        document["cluster"] = cluster.model_dump()
+    return validate_config(document)
+
+
+def read_json(store: Store, key: str) -> dict[str, Any] | None:
+    """Reads a JSON object, None if there is none.
+
+    Raises:
+        ObjectCorrupt: it is not a JSON object.
+    """
+    try:
+        document = json.loads(bytes(store.get(key)))
+    except ObjectMissing:
+        return None
+    except ValueError as error:
+        raise ObjectCorrupt(f"{key} is not JSON: {error}", store.uri, f"delete {key} and resume") from None
+    if not isinstance(document, dict):
+        raise ObjectCorrupt(f"{key} is a JSON {type(document).__name__}, want an object", store.uri)
+    return document
+
+
+def _check_same(store: Store, layout: RunLayout, config: RunConfig) -> None:
+    record = read_json(store, layout.run_json) or {}
+    if record.get("fingerprint") == config.fingerprint:
+        return
+    there = record.get("config", {})
+    differences = [
+        f"{section}.{field}: there {there.get(section, {}).get(field)!r}, here {value!r}"
+        for section, values in config.model_dump(mode="json").items()
+        if isinstance(values, dict) and section != "cluster"
+        for field, value in values.items()
+        if (section, field) != ("storage", "uri") and there.get(section, {}).get(field) != value
+    ]
+    raise RunConflict(
+        f"run {config.run!r} at {store.uri} has another configuration: {'; '.join(differences)}",
+        "another --run name, or the same settings to continue it",
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,162 @@
+"""How far a run is, from its store alone: nothing is asked of a driver or a worker.
+
+A stage is done when its commit exists; everything else comes from the run's event log, which says what
+was last heard of a stage, not whether its worker still lives. Entry: `read_status`.
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nf_pipeline.driver.run_record import read_json
+from nf_pipeline.driver.stages import commit_key, stage_names
+from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
+from nf_pipeline.plan import Plan
+from nf_pipeline.run_uri import join_run_uri, split_run_uri
+from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.store import Store, open_store
+
+_STATE_AFTER = {"StageStarted": "running", "EpochDone": "running", "StageFailed": "failed"}
+
+
+@dataclass(kw_only=True)
+class StageStatus:
+    """What is known of one stage.
+
+    Attributes:
+        stage: "ingest", "plan", "block-000", ..., "model".
+        state: "done", "running", "failed" or "waiting"; a killed run stays "running" with an old `updated_s`.
+        attempt: id of the newest attempt, None before the first.
+        attempts: number of attempts so far.
+        worker: host and process of the newest attempt.
+        epoch, num_epochs: finished epochs and all epochs of a block; 0 where there are none or none yet.
+        loss, val_accuracy: of the block's last unit in the last finished epoch.
+        peak_bytes: measured by the last finished epoch.
+        updated_s: seconds since the last event, None before the first.
+        seconds: wall time of the attempt that finished the stage.
+        error: class and text of the last failure.
+    """
+
+    stage: str
+    state: str = "waiting"
+    attempt: str | None = None
+    attempts: int = 0
+    worker: str | None = None
+    epoch: int = 0
+    num_epochs: int = 0
+    loss: float | None = None
+    val_accuracy: float | None = None
+    peak_bytes: int | None = None
+    updated_s: float | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+
+def read_status(uri: str) -> dict[str, Any]:
+    """Reads how far a run is.
+
+    Args:
+        uri: STORE/NAME.
+
+    Returns:
+        A JSON document: uri, run, fingerprint, state of the run as a whole, and `stages`, one document with
+        the fields of `StageStatus` per stage in order.
+
+    Raises:
+        ObjectMissing: there is no such run.
+        ObjectCorrupt: run.json, plan.json or the event log cannot be read.
+    """
+    store, layout = _open_run(uri)
+    record = read_json(store, layout.run_json)
+    if record is None:
+        raise ObjectMissing(f"there is no run {layout.run!r}", store.uri, "check STORE/NAME")
+    plan = _read_plan(store, layout)
+    # Events before commits: a stage that ends in between then shows as done, never as running for ever.
+    stages = _fold(stage_names(plan), _read_events(store, layout), time.time())
+    for status in stages:
+        if store.size(commit_key(layout, status.stage)) is not None:
+            status.state = "done"
+    return {
+        "uri": join_run_uri(split_run_uri(uri)[0], layout.run),
+        "run": layout.run,
+        "fingerprint": record.get("fingerprint"),
+        "state": overall_state([status.state for status in stages]),
+        "stages": [asdict(status) for status in stages],
+    }
+
+
+def read_plan(uri: str) -> Plan | None:
+    """Reads the plan of the run at STORE/NAME, None if there is none yet."""
+    return _read_plan(*_open_run(uri))
+
+
+def overall_state(states: list[str]) -> str:
+    """Sums up the states of all stages in order; the last one, the final model, decides what "done" is."""
+    if states[-1] == "done":
+        return "done"
+    for state in ("failed", "running"):
+        if state in states:
+            return state
+    return "waiting"
+
+
+def _open_run(uri: str) -> tuple[Store, RunLayout]:
+    store_uri, run = split_run_uri(uri)
+    return open_store(store_uri), RunLayout(run)
+
+
+def _read_plan(store: Store, layout: RunLayout) -> Plan | None:
+    document = read_json(store, layout.plan_json)
+    if document is None:
+        return None
+    fields = {name: value for name, value in document.items() if name in Plan.__dataclass_fields__}
+    try:
+        return Plan.from_json(fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        fix = "delete it and resume the run: it is made again"
+        raise ObjectCorrupt(f"{layout.plan_json} is no plan: {error}", store.uri, fix) from None
+
+
+def _read_events(store: Store, layout: RunLayout) -> list[dict[str, Any]]:
+    try:
+        lines = bytes(store.get(layout.events_jsonl)).splitlines()
+    except ObjectMissing:
+        return []
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise ObjectCorrupt(
+            f"{layout.events_jsonl} has a line that is no JSON: {error}",
+            store.uri,
+            "delete it: only its history is lost",
+        ) from None
+
+
+def _fold(names: list[str], events: Iterable[dict[str, Any]], now_s: float) -> list[StageStatus]:
+    statuses = {name: StageStatus(stage=name) for name in names}
+    for event in events:
+        status = statuses.get(event["stage"])
+        if status is None:
+            continue
+        status.state = _STATE_AFTER.get(event["event"], status.state)
+        status.updated_s = max(0.0, now_s - event["time_s"])
+        _take(status, event)
+    return list(statuses.values())
+
+
+def _take(status: StageStatus, event: dict[str, Any]) -> None:
+    if event["event"] == "StageStarted":
+        status.attempt, status.worker = event["attempt"], event["worker"]
+        status.attempts += 1
+        status.epoch = event["resumed_epochs"]
+    elif event["event"] == "EpochDone":
+        status.epoch, status.num_epochs = event["epoch"], event["num_epochs"]
+        status.loss = event["losses"][-1] if event["losses"] else None
+        status.val_accuracy = event["val_accuracies"][-1] if event["val_accuracies"] else None
+        status.peak_bytes = event["peak_bytes"]
+    elif event["event"] == "StageFailed":
+        status.error = f"{event['error']}: {event['text']}"
+    elif event["event"] == "StageDone":
+        status.seconds = event["seconds"]

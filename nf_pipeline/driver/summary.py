@@ -1,0 +1,55 @@
+"""summary.json: the facts of a finished run in one document, under the names that other people's scripts read."""
+
+from typing import Any
+
+from nf_pipeline.config import FORMAT_VERSION, RunConfig
+from nf_pipeline.plan import Plan
+from nf_pipeline.storage.manifest import StageManifest
+
+BLOCK_FIELDS = (
+    "block_idx",
+    "layers",
+    "batch_size",
+    "predicted_peak_bytes",
+    "measured_peak_bytes",
+    "train_s",
+    "loader_wait_s",
+    "write_s",
+    "shard_bytes",
+    "num_shards",
+    "attempts",
+    "worker",
+)
+
+
+def make_summary(
+    config: RunConfig,
+    plan: Plan,
+    ingest: StageManifest,
+    blocks: list[StageManifest],
+    model: StageManifest,
+    wall_s: float,
+) -> dict[str, Any]:
+    """Collects what the stages reported.
+
+    Args:
+        wall_s: seconds of all the work, that of earlier drivers of the same run included.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "run": config.run,
+        "model": plan.model,
+        "dataset": ingest.facts["dataset"],
+        "num_classes": plan.num_classes,
+        "split_rows": ingest.facts["split_rows"],
+        "num_skipped_images": ingest.facts["num_skipped"],
+        "memory_budget_bytes": plan.budget_bytes,
+        "executor": config.cluster.executor,
+        "seed": config.train.seed,
+        "profile_s": plan.profile_s,
+        "wall_s": round(wall_s, 3),
+        "blocks": [{field: block.facts[field] for field in BLOCK_FIELDS} for block in blocks],
+        **model.facts,
+        "weights_checksum": model.weights.checksum,
+        "stopped_early": len(blocks) < len(plan.blocks),
+    }

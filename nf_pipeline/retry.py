@@ -1,0 +1,43 @@
+"""What the driver does after a stage failed: a pure table, tested without a cluster.
+
+Ray would retry with the same resources, so the decision is made here, with a budget per cause.
+"""
+
+import enum
+
+from nf_pipeline.errors import OutOfBudget, WorkerLost
+
+MAX_ATTEMPTS_WORKER_LOST = 4
+MAX_ATTEMPTS_OUT_OF_BUDGET = 3
+
+
+class Decision(enum.Enum):
+    """What happens next to a failed stage."""
+
+    RETRY = "retry"
+    SHRINK_BATCH = "shrink the batch and retry"
+    RAISE = "give up"
+
+
+def decide(error: BaseException, attempts: int) -> Decision:
+    """Decides from the error and the number of attempts made, the failed one included.
+
+    A lost worker says nothing about the work: retry. Too much memory would happen again: retry smaller.
+    Everything else (bad data, divergence, storage that stayed broken through its own retries) is final.
+    """
+    if isinstance(error, WorkerLost) and attempts < MAX_ATTEMPTS_WORKER_LOST:
+        return Decision.RETRY
+    if isinstance(error, OutOfBudget) and attempts < MAX_ATTEMPTS_OUT_OF_BUDGET:
+        return Decision.SHRINK_BATCH
+    return Decision.RAISE
+
+
+def shrink_batch(stage: str, batch_size: int) -> int:
+    """Returns three quarters of a batch size.
+
+    Raises:
+        OutOfBudget: nothing smaller than 2 samples trains batch norm.
+    """
+    if batch_size <= 2:
+        raise OutOfBudget(stage, "the batch cannot shrink below 2 samples", "raise --memory-budget")
+    return max(2, batch_size * 3 // 4)

@@ -1,0 +1,144 @@
+"""Every key of a run: nothing else joins paths.
+
+    RUN/run.json  plan.json  events.jsonl  summary.json  report.html  marker.json
+    RUN/ingest/manifest.json      ingest/attempt-ID/train-00000.parquet
+    RUN/blocks/000/manifest.json  blocks/000/attempt-ID/{weights,checkpoint}.safetensors
+                                  blocks/000/attempt-ID/activations/train-00000.parquet
+    RUN/model/manifest.json       model/{model.safetensors,model.json,README.md}
+
+Objects of an attempt live below its own id; a stage's manifest.json is the commit that names the attempt that
+counts. Knows nothing of stores or contents. Entry class: `RunLayout`.
+"""
+
+import re
+import secrets
+from dataclasses import dataclass
+
+from nf_pipeline.errors import InternalError
+
+_BLOCK_STAGE = re.compile(r"block-(\d{3,})")
+
+
+def new_attempt_id() -> str:
+    """Returns 8 random hex digits."""
+    return secrets.token_hex(4)
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """The keys of one run, relative to the store.
+
+    Attributes:
+        run: name of the run, the first part of every key.
+    """
+
+    run: str
+
+    @property
+    def run_json(self) -> str:
+        """Resolved config, its fingerprint, versions."""
+        return f"{self.run}/run.json"
+
+    @property
+    def plan_json(self) -> str:
+        """The plan."""
+        return f"{self.run}/plan.json"
+
+    @property
+    def events_jsonl(self) -> str:
+        """Every event, one JSON document a line."""
+        return f"{self.run}/events.jsonl"
+
+    @property
+    def summary_json(self) -> str:
+        """The run's result."""
+        return f"{self.run}/summary.json"
+
+    @property
+    def report_html(self) -> str:
+        """The run's report."""
+        return f"{self.run}/report.html"
+
+    @property
+    def marker(self) -> str:
+        """Object that proves that a worker sees the driver's store."""
+        return f"{self.run}/marker.json"
+
+    @property
+    def ingest_manifest(self) -> str:
+        """Commit of the ingested images."""
+        return f"{self.run}/ingest/manifest.json"
+
+    def ingest_attempt(self, attempt: str) -> str:
+        """Prefix of one attempt at the ingest stage."""
+        return self.attempt_prefix("ingest", attempt)
+
+    def ingest_shard(self, prefix: str, split: str, shard_idx: int) -> str:
+        """Key of one shard of images below an ingest attempt's prefix."""
+        return f"{prefix}/{split}-{shard_idx:05d}.parquet"
+
+    def block(self, block_idx: int) -> str:
+        """Prefix of everything about a block."""
+        return f"{self.run}/blocks/{block_idx:03d}"
+
+    def block_manifest(self, block_idx: int) -> str:
+        """Commit of a block."""
+        return f"{self.block(block_idx)}/manifest.json"
+
+    def block_attempt(self, block_idx: int, attempt: str) -> str:
+        """Prefix of one attempt at a block."""
+        return f"{self.block(block_idx)}/attempt-{attempt}"
+
+    def checkpoint(self, block_idx: int, attempt: str) -> str:
+        """State after the last finished epoch of an attempt at a block."""
+        return f"{self.block_attempt(block_idx, attempt)}/checkpoint.safetensors"
+
+    def weights(self, block_idx: int, attempt: str) -> str:
+        """Weights of a trained block: its layers and heads."""
+        return f"{self.block_attempt(block_idx, attempt)}/weights.safetensors"
+
+    def shard(self, prefix: str, split: str, shard_idx: int) -> str:
+        """Key of one shard of activations below a block attempt's prefix."""
+        return f"{prefix}/activations/{split}-{shard_idx:05d}.parquet"
+
+    @property
+    def model(self) -> str:
+        """Prefix of the final model."""
+        return f"{self.run}/model"
+
+    def model_attempt(self, attempt: str) -> str:
+        """Prefix of one attempt at assembling the final model."""
+        return self.attempt_prefix("model", attempt)
+
+    @property
+    def model_manifest(self) -> str:
+        """Commit of the final model."""
+        return f"{self.model}/manifest.json"
+
+    @property
+    def model_weights(self) -> str:
+        """Weights of the final model."""
+        return f"{self.model}/model.safetensors"
+
+    @property
+    def model_json(self) -> str:
+        """Description from which the final model is rebuilt."""
+        return f"{self.model}/model.json"
+
+    @property
+    def model_card(self) -> str:
+        """Model card for people."""
+        return f"{self.model}/README.md"
+
+    def stage_prefix(self, stage: str) -> str:
+        """Prefix of a stage named "ingest", "plan", "block-000", ... or "model"."""
+        if stage in ("ingest", "plan", "model"):
+            return f"{self.run}/{stage}"
+        match = _BLOCK_STAGE.fullmatch(stage)
+        if match is None:
+            raise InternalError(f"stage {stage!r}: want ingest, plan, block-000, ... or model")
+        return self.block(int(match.group(1)))
+
+    def attempt_prefix(self, stage: str, attempt: str) -> str:
+        """Prefix of one attempt at a stage."""
+        return f"{self.stage_prefix(stage)}/attempt-{attempt}"

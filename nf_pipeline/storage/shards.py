@@ -1,0 +1,369 @@
+"""Tensors as Parquet objects that any Parquet reader opens and that decode with one memcpy.
+
+A shard has three non-null columns: `tensor` (FixedSizeBinary, one value per sample; dtype and shape stand in
+the field's metadata), `sample_id` and `label` (int64). A list or tensor column would read 8 times slower
+(https://github.com/apache/arrow/issues/34510), and so would a dictionary. One shard is one buffer and one
+put: nothing half-written can appear under a shard's key, and no shard counts until a manifest names it.
+
+Deliberately knows nothing of what the tensors mean, nor of torch. Entry points: `ShardWriter`, `read_shard`.
+"""
+
+import json
+import math
+import queue
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nf_pipeline.errors import ConfigError, InternalError, ObjectCorrupt, StorageError
+from nf_pipeline.storage.store import Store, checksum_of
+
+ITEM_BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+CODECS = ("none", "zstd", "lz4")
+
+ROW_GROUP_BYTES = 8 * 2**20
+REPEAT_FIX = "delete the manifest.json of this stage and resume the run: the stage is then repeated"
+
+_DTYPE_KEY = b"dtype"
+_SHAPE_KEY = b"shape"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What one sample's tensor looks like.
+
+    Attributes:
+        dtype: "uint8", "float32", "float16" or "bfloat16" (which numpy and Arrow lack: bytes with a name).
+        shape: of one sample, such as (C, H, W).
+        codec: Parquet compression: "none", "zstd" (level 1) or "lz4".
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise ConfigError(f"tensor dtype: got {self.dtype!r}, want one of {', '.join(ITEM_BYTES)}")
+        if self.codec not in CODECS:
+            raise ConfigError(f"codec: got {self.codec!r}, want one of {', '.join(CODECS)}")
+        if not self.shape or not all(isinstance(size, int) and size > 0 for size in self.shape):
+            raise ConfigError(f"tensor shape: got {self.shape!r}, want one or more positive sizes")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sample, uncompressed."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """What a manifest says of one shard.
+
+    Attributes:
+        key: relative to the store.
+        num_bytes: of the object.
+        num_rows: samples in it.
+        checksum: "sha256:..." of the object.
+    """
+
+    key: str
+    num_bytes: int
+    num_rows: int
+    checksum: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """A decoded shard.
+
+    Attributes:
+        tensors: uint8 [rows, nbytes], a read-only view of the Arrow buffer.
+        labels: int64 [rows].
+        sample_ids: int64 [rows].
+    """
+
+    tensors: np.ndarray
+    labels: np.ndarray
+    sample_ids: np.ndarray
+
+
+def shard_schema(spec: TensorSpec) -> pa.Schema:
+    """Returns the Parquet schema of shards with such tensors."""
+    metadata = {_DTYPE_KEY: spec.dtype.encode(), _SHAPE_KEY: json.dumps(list(spec.shape)).encode()}
+    return pa.schema(
+        [
+            pa.field("tensor", pa.binary(spec.nbytes), nullable=False, metadata=metadata),
+            pa.field("sample_id", pa.int64(), nullable=False),
+            pa.field("label", pa.int64(), nullable=False),
+        ]
+    )
+
+
+def spec_of_field(field: pa.Field) -> TensorSpec | None:
+    """Reads dtype and shape back from a column's metadata; None if it is no tensor column of this form."""
+    metadata = field.metadata or {}
+    if not pa.types.is_fixed_size_binary(field.type) or not {_DTYPE_KEY, _SHAPE_KEY} <= metadata.keys():
+        return None
+    try:
+        shape = tuple(json.loads(metadata[_SHAPE_KEY]))
+        spec = TensorSpec(metadata[_DTYPE_KEY].decode(), shape)
+    except (ValueError, TypeError, ConfigError):
+        return None
+    return spec if spec.nbytes == field.type.byte_width else None
+
+
+class ShardWriter:
+    """Cuts a stream of samples into shards and uploads them in the background.
+
+    Rows are copied once into the buffer of the open shard; full buffers are encoded, hashed and put by
+    `upload_threads` threads, then used again (fresh memory of this size costs a page fault per page).
+
+    Invariants: at most `upload_threads` + 1 buffers of `shard_bytes` and as many encoded shards exist. After
+    an exception inside the `with` block nothing more is put.
+
+    Args:
+        store: where the shards go.
+        make_key: shard index (0, 1, ...) -> key; keys must be this attempt's own.
+        spec: of every sample.
+        shard_bytes: tensor bytes per shard; a shard holds at least one sample.
+        upload_threads: shards encoded and uploaded at the same time.
+        timeout_s: longest wait for one upload.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        make_key: Callable[[int], str],
+        spec: TensorSpec,
+        shard_bytes: int,
+        upload_threads: int = 2,
+        *,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self._store = store
+        self._make_key = make_key
+        self._spec = spec
+        self._timeout_s = timeout_s
+        self._rows_per_shard = max(1, shard_bytes // spec.nbytes)
+        self._pool = ThreadPoolExecutor(upload_threads, thread_name_prefix="shard-writer")
+        self._spare: queue.Queue[_ShardBuffer] = queue.Queue()
+        self._unmade_buffers = upload_threads + 1
+        self._open: _ShardBuffer | None = None
+        self._uploads: list[Future[ShardInfo]] = []
+        self._infos: list[ShardInfo] | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.cancel()
+
+    @property
+    def num_rows(self) -> int:
+        """Samples appended so far."""
+        open_rows = self._open.num_rows if self._open else 0
+        return len(self._uploads) * self._rows_per_shard + open_rows
+
+    def append(self, tensors: np.ndarray, labels: np.ndarray, sample_ids: np.ndarray) -> None:
+        """Adds samples; blocks while all buffers wait for their upload.
+
+        Args:
+            tensors: uint8 [N, nbytes], the bytes of each sample.
+            labels: int64 [N].
+            sample_ids: int64 [N].
+
+        Raises:
+            StorageError: an earlier shard could not be uploaded; the writer is then finished.
+        """
+        self._check(tensors, labels, sample_ids)
+        start = 0
+        while start < len(tensors):
+            if self._open is None:
+                self._open = self._take_buffer()
+            taken = self._open.fill(tensors[start:], labels[start:], sample_ids[start:])
+            start += taken
+            if self._open.num_rows == self._rows_per_shard:
+                self._upload_open()
+
+    def close(self) -> list[ShardInfo]:
+        """Uploads what is left, waits for it and returns all shards in order; may be called again."""
+        if self._infos is None:
+            if self._open is not None:
+                self._upload_open()
+            self._infos = [self._finished(upload) for upload in self._uploads]
+            self._pool.shutdown()
+        return self._infos
+
+    def cancel(self) -> None:
+        """Drops everything that is not being uploaded at this moment, and waits for that."""
+        self._open = None
+        self._pool.shutdown(cancel_futures=True)
+
+    def _check(self, tensors: np.ndarray, labels: np.ndarray, sample_ids: np.ndarray) -> None:
+        if self._infos is not None:
+            raise InternalError("append after close")
+        want = (len(tensors), self._spec.nbytes)
+        if tensors.dtype != np.uint8 or tensors.shape != want:
+            raise InternalError(f"tensors: got {tensors.dtype} {tensors.shape}, want uint8 {want}")
+        for name, column in (("labels", labels), ("sample_ids", sample_ids)):
+            if column.dtype != np.int64 or column.shape != want[:1]:
+                raise InternalError(f"{name}: got {column.dtype} {column.shape}, want int64 {want[:1]}")
+        for upload in self._uploads:
+            if upload.done():
+                self._finished(upload)
+
+    def _take_buffer(self) -> "_ShardBuffer":
+        if self._unmade_buffers:
+            self._unmade_buffers -= 1
+            return _ShardBuffer(self._rows_per_shard, self._spec)
+        try:
+            buffer = self._spare.get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise self._hung() from None
+        for upload in self._uploads:
+            if upload.done():
+                self._finished(upload)
+        return buffer
+
+    def _upload_open(self) -> None:
+        buffer, self._open = self._open, None
+        key = self._make_key(len(self._uploads))
+        self._uploads.append(self._pool.submit(self._upload, key, buffer))
+
+    def _upload(self, key: str, buffer: "_ShardBuffer") -> ShardInfo:
+        try:
+            encoded = buffer.encode()
+            self._store.put(key, encoded)
+            return ShardInfo(
+                key=key, num_bytes=len(encoded), num_rows=buffer.num_rows, checksum=checksum_of(encoded)
+            )
+        finally:
+            buffer.num_rows = 0
+            self._spare.put(buffer)
+
+    def _finished(self, upload: Future[ShardInfo]) -> ShardInfo:
+        try:
+            error = upload.exception(timeout=self._timeout_s)
+        except TimeoutError:
+            raise self._hung() from None
+        if error is not None:
+            self.cancel()
+            raise error
+        return upload.result()
+
+    def _hung(self) -> StorageError:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        return StorageError(
+            f"no shard was uploaded for {self._timeout_s:.0f} s",
+            self._store.uri,
+            "check the store, then resume",
+        )
+
+
+class _ShardBuffer:
+    """Memory of one shard, before and after encoding."""
+
+    def __init__(self, max_rows: int, spec: TensorSpec) -> None:
+        self.num_rows = 0
+        self._spec = spec
+        self._tensors = np.empty((max_rows, spec.nbytes), np.uint8)
+        self._labels = np.empty(max_rows, np.int64)
+        self._sample_ids = np.empty(max_rows, np.int64)
+        # Incompressible data grows by less than 1/64 under zstd and lz4; pages never touched take no memory.
+        self._encoded = np.empty(max_rows * (spec.nbytes + 16) * 17 // 16 + 2**20, np.uint8)
+
+    def fill(self, tensors: np.ndarray, labels: np.ndarray, sample_ids: np.ndarray) -> int:
+        """Copies as many rows as there is room for and returns their number."""
+        start = self.num_rows
+        stop = min(start + len(tensors), len(self._tensors))
+        taken = stop - start
+        self._tensors[start:stop] = tensors[:taken]
+        self._labels[start:stop] = labels[:taken]
+        self._sample_ids[start:stop] = sample_ids[:taken]
+        self.num_rows = stop
+        return taken
+
+    def encode(self) -> memoryview:
+        """Returns the rows as a Parquet file, a view that is valid until the next call."""
+        spec = self._spec
+        table = self._table()
+        sink = pa.FixedSizeBufferWriter(pa.py_buffer(self._encoded))
+        writer = pq.ParquetWriter(
+            sink,
+            table.schema,
+            compression=spec.codec,
+            compression_level=1 if spec.codec == "zstd" else None,
+            use_dictionary=False,
+            write_statistics=["sample_id", "label"],
+            write_page_checksum=True,
+        )
+        with writer:
+            writer.write_table(table, row_group_size=max(1, ROW_GROUP_BYTES // (spec.nbytes + 16)))
+        return memoryview(self._encoded)[: sink.tell()]
+
+    def _table(self) -> pa.Table:
+        rows = self.num_rows
+        tensors = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(self._spec.nbytes), rows, [None, pa.py_buffer(self._tensors)]
+        )
+        columns = [tensors, pa.array(self._sample_ids[:rows]), pa.array(self._labels[:rows])]
+        return pa.table(columns, schema=shard_schema(self._spec))
+
+
+def read_shard(store: Store, shard: ShardInfo, spec: TensorSpec) -> Shard:
+    """Fetches, verifies and decodes one shard.
+
+    The page checksums in the file are for other readers: the checksum of the object covers them.
+
+    Raises:
+        ObjectMissing: it is not there.
+        ObjectCorrupt: size, checksum, rows or tensor type are not what the manifest says.
+    """
+    data = store.get(shard.key)
+    _require(store, shard, "bytes", len(data), shard.num_bytes)
+    _require(store, shard, "checksum", checksum_of(data), shard.checksum)
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise _corrupt(store, shard, f"no Parquet file: {error}") from error
+    _require(store, shard, "rows", table.num_rows, shard.num_rows)
+    if not table.schema.equals(shard_schema(spec), check_metadata=False):
+        raise _corrupt(store, shard, f"columns {_columns(table.schema)}, want {_columns(shard_schema(spec))}")
+    stored = spec_of_field(table.schema.field("tensor"))
+    got = (stored.dtype, stored.shape) if stored else None
+    _require(store, shard, "tensor type", got, (spec.dtype, spec.shape))
+    return Shard(
+        tensors=_bytes_of(table.column("tensor"), spec.nbytes),
+        labels=table.column("label").to_numpy(),
+        sample_ids=table.column("sample_id").to_numpy(),
+    )
+
+
+def _bytes_of(column: pa.ChunkedArray, nbytes: int) -> np.ndarray:
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    flat = np.frombuffer(array.buffers()[1], np.uint8)
+    return flat[array.offset * nbytes : (array.offset + len(array)) * nbytes].reshape(-1, nbytes)
+
+
+def _require(store: Store, shard: ShardInfo, what: str, got: object, want: object) -> None:
+    if got != want:
+        raise _corrupt(store, shard, f"{what}: got {got}, want {want}")
+
+
+def _corrupt(store: Store, shard: ShardInfo, problem: str) -> ObjectCorrupt:
+    return ObjectCorrupt(f"shard {shard.key} is damaged: {problem}", store.uri, REPEAT_FIX)
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)

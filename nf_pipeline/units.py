@@ -1,0 +1,49 @@
+"""Byte counts as people write them: "300MiB" in, "300.0 MiB" out."""
+
+import re
+
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "k": 2**10,
+    "m": 2**20,
+    "g": 2**30,
+    "t": 2**40,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", re.ASCII)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Turns "300MiB", "6 GiB", "1.5g" or a plain count into bytes.
+
+    kB, MB, GB are powers of 1000; KiB, MiB, GiB and the bare letters K, M, G are powers of 1024.
+
+    Raises:
+        ValueError: the text is no number with a known unit, or is less than one byte.
+    """
+    match = _PATTERN.fullmatch(str(text))
+    factor = _FACTORS.get(match.group(2).lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"got {text!r}, want a size such as '300MiB', '6GiB' or a count of bytes")
+    num_bytes = int(float(match.group(1)) * factor) if "." in match.group(1) else int(match.group(1)) * factor
+    if num_bytes < 1:
+        raise ValueError(f"got {text!r}, want at least 1 byte")
+    return num_bytes
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Formats a byte count with one decimal and a binary unit, "64.0 MiB"."""
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{int(value)} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

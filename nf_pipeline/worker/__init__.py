@@ -1,0 +1,1 @@
+"""The stages as plain generator functions: what runs on a worker, without knowing which executor runs it."""

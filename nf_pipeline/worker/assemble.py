@@ -1,0 +1,223 @@
+"""The last stage: choose the exit on the validation split, build the final model, look at the test split once.
+
+The choice needs no forward pass: every block counted its heads' correct validation samples. The test split is
+read after the choice and only by the chosen model. Entry: `assemble_model`.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from nf_pipeline.config import FORMAT_VERSION, RunConfig
+from nf_pipeline.core.exit_model import ExitModel, build_first_units
+from nf_pipeline.core.exits import ExitCandidate, choose_exit, wilson_interval
+from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.core.train_step import resolve_device
+from nf_pipeline.errors import ObjectCorrupt
+from nf_pipeline.events import Event, Progress, StageDone, StageStarted
+from nf_pipeline.model_files import ModelCard
+from nf_pipeline.plan import Plan
+from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of, commit_manifest
+from nf_pipeline.storage.reader import ShardReader
+from nf_pipeline.storage.store import Store, open_store
+from nf_pipeline.worker.checkpoint import unpack_units
+from nf_pipeline.worker.model_card import render_model_card
+from nf_pipeline.worker.runtime import set_threads, worker_name
+from nf_pipeline.worker.stage_input import read_block, read_ingest
+from nf_pipeline.worker.tasks import AssembleTask, assemble_fingerprint
+
+STAGE = "model"
+EVALUATION_BATCH_SIZE = 256
+
+
+def assemble_model(task: AssembleTask) -> Iterator[Event]:
+    """Chooses the exit, writes the final model and commits it.
+
+    Yields:
+        StageStarted, Progress, and StageDone with `exits`, `chosen_exit`, `chosen_reason`, `val_accuracy`,
+        `test_accuracy`, `params_full`, `params_final` and `params_final_no_head`.
+
+    Raises:
+        StorageError: a block's manifest or weights are missing or corrupt.
+    """
+    began = time.monotonic()
+    set_threads(task.num_threads)
+    store, layout = open_store(task.config.storage.uri), RunLayout(task.config.run)
+    yield StageStarted(stage=STAGE, attempt=task.attempt, worker=worker_name())
+    blocks = [read_block(store, layout, idx) for idx in range(len(task.plan.blocks))]
+    ingest = read_ingest(store, layout)
+    exits = list_exits(task.plan, [block.facts for block in blocks])
+    chosen = choose_exit(exits, task.config.exits.tolerance, task.config.exits.confidence)
+    units = load_units(store, task.config, task.plan, blocks, chosen.index + 1)
+    model = ExitModel(units, ingest.facts["mean"], ingest.facts["std"]).eval()
+    test_accuracy = None
+    if ingest.shards.get("test"):
+        test_accuracy = yield from _test(store, ingest, model, task)
+    result = _result(task, exits, chosen.index, chosen.reason, model, test_accuracy)
+    _commit(store, layout, task, ingest, blocks, model, result)
+    yield StageDone(stage=STAGE, result=result, seconds=time.monotonic() - began)
+
+
+def list_exits(plan: Plan, block_facts: list[dict[str, Any]]) -> list[ExitCandidate]:
+    """Turns what the blocks counted into one candidate per unit, shallowest first.
+
+    Parameters and FLOPs are those of the model that ends at the exit, its head included.
+    """
+    correct = [count for facts in block_facts for count in facts["val_correct"]]
+    exits = []
+    for unit, num_correct in zip(plan.units, correct, strict=True):
+        layers = plan.layers[: unit.stop]
+        exits.append(
+            ExitCandidate(
+                layer_idx=unit.stop - 1,
+                layer=plan.layers[unit.stop - 1].name,
+                val_accuracy=num_correct / block_facts[0]["num_val"],
+                num_val=block_facts[0]["num_val"],
+                params=sum(layer.params for layer in layers) + unit.head_params,
+                flops=sum(layer.flops for layer in layers) + unit.head_flops,
+            )
+        )
+    return exits
+
+
+def load_units(
+    store: Store, config: RunConfig, plan: Plan, blocks: list[StageManifest], num_units: int
+) -> list[LocalUnit]:
+    """Builds the first `num_units` units and fills in the blocks' trained weights.
+
+    Raises:
+        ObjectCorrupt: a block's weights are not those that its manifest names.
+    """
+    units = build_first_units(
+        model=plan.model,
+        image_shape=plan.image_shape,
+        num_classes=plan.num_classes,
+        head=config.train.head,
+        unit_layers=config.train.unit_layers,
+        num_units=num_units,
+    )
+    for block, manifest in zip(plan.blocks, blocks, strict=False):
+        first, stop = block.units[0], min(block.units[1], num_units)
+        if first < stop:
+            tensors = safetensors.torch.load(read_weights(store, manifest))
+            unpack_units(units[first:stop], first, tensors)
+    return units
+
+
+def read_weights(store: Store, manifest: StageManifest) -> bytes:
+    """Reads a stage's weights and checks them against its manifest."""
+    data = bytes(store.get(manifest.weights.key))
+    if checksum_of(data) != manifest.weights.checksum:
+        raise ObjectCorrupt(
+            f"{manifest.weights.key} has checksum {checksum_of(data)}, "
+            f"its manifest says {manifest.weights.checksum}",
+            store.uri,
+            f"delete the manifest of {manifest.stage} and resume the run: the stage is repeated",
+        )
+    return data
+
+
+@torch.no_grad()
+def _test(store: Store, ingest: StageManifest, model: ExitModel, task: AssembleTask) -> Iterator[Progress]:
+    device = resolve_device(task.config.train.device)
+    model.to(device)
+    reader = ShardReader(store, ingest.shards["test"], ingest.spec, batch_size=EVALUATION_BATCH_SIZE)
+    correct = done = 0
+    for batch in reader.batches(seed=0, epoch=0, shuffle=False):
+        pixels_NCHW = torch.from_numpy(batch.tensors).view(-1, *ingest.spec.shape).to(device)
+        labels_N = torch.from_numpy(batch.labels).to(device)
+        correct += int((model(pixels_NCHW).argmax(dim=1) == labels_N).sum())
+        done += len(batch.labels)
+        yield Progress(stage=STAGE, phase="validate", done=done, total=reader.num_rows)
+    model.cpu()
+    return correct / reader.num_rows
+
+
+def _result(
+    task: AssembleTask,
+    exits: list[ExitCandidate],
+    chosen: int,
+    reason: str,
+    model: ExitModel,
+    test_accuracy: float | None,
+) -> dict[str, Any]:
+    confidence = task.config.exits.confidence
+    return {
+        "exits": [
+            {
+                "layer_idx": exit.layer_idx,
+                "layer": exit.layer,
+                "val_accuracy": exit.val_accuracy,
+                "val_interval": list(
+                    wilson_interval(round(exit.val_accuracy * exit.num_val), exit.num_val, confidence)
+                ),
+                "params": exit.params,
+                "flops": exit.flops,
+            }
+            for exit in exits
+        ],
+        "chosen_exit": chosen,
+        "chosen_reason": reason,
+        "val_accuracy": exits[chosen].val_accuracy,
+        "test_accuracy": test_accuracy,
+        "params_full": task.plan.params_full,
+        "params_final": sum(p.numel() for p in model.parameters()),
+        "params_final_no_head": sum(p.numel() for p in model.layers.parameters()),
+    }
+
+
+def _commit(
+    store: Store,
+    layout: RunLayout,
+    task: AssembleTask,
+    ingest: StageManifest,
+    blocks: list[StageManifest],
+    model: ExitModel,
+    result: dict[str, Any],
+) -> None:
+    weights = safetensors.torch.save({name: t.contiguous() for name, t in model.state_dict().items()})
+    card = _card(task, ingest, result, checksum_of(weights))
+    store.put(layout.model_weights, weights)
+    store.put(layout.model_card, render_model_card(card, result, ingest.facts).encode())
+    store.put(layout.model_json, json.dumps(card.to_json(), indent=2).encode())
+    checksums = [block.content_checksum for block in blocks]
+    manifest = StageManifest(
+        format_version=FORMAT_VERSION,
+        stage=STAGE,
+        fingerprint=assemble_fingerprint(task.config, checksums),
+        input_checksum=checksums[-1],
+        attempt=task.attempt,
+        spec=None,
+        shards={},
+        weights=ObjectInfo(key=layout.model_weights, num_bytes=len(weights), checksum=checksum_of(weights)),
+        facts=result,
+    )
+    commit_manifest(store, layout.model_manifest, manifest)
+
+
+def _card(task: AssembleTask, ingest: StageManifest, result: dict[str, Any], checksum: str) -> ModelCard:
+    chosen = result["exits"][result["chosen_exit"]]
+    return ModelCard(
+        model=task.plan.model,
+        image_shape=task.plan.image_shape,
+        num_classes=task.plan.num_classes,
+        class_names=tuple(ingest.facts["class_names"]),
+        head=task.config.train.head,
+        unit_layers=task.config.train.unit_layers,
+        num_units=result["chosen_exit"] + 1,
+        mean=tuple(ingest.facts["mean"]),
+        std=tuple(ingest.facts["std"]),
+        exit_layer_idx=chosen["layer_idx"],
+        exit_layer=chosen["layer"],
+        val_accuracy=result["val_accuracy"],
+        test_accuracy=result["test_accuracy"],
+        params=result["params_final"],
+        params_full=result["params_full"],
+        memory_budget_bytes=task.plan.budget_bytes,
+        weights_checksum=checksum,
+    )

@@ -1,0 +1,152 @@
+"""A block's epoch checkpoint: weights and momentum as safetensors, named by a small JSON record.
+
+The record is written after the tensors and carries their checksum: a checkpoint counts only when both agree.
+A later attempt at the same block adopts the newest one of any attempt. No random state is stored: every epoch
+seeds its own generators from (seed, block, epoch).
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
+from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.manifest import checksum_of
+from nf_pipeline.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "checkpoint.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """What the JSON record says.
+
+    Attributes:
+        fingerprint: of the block; a checkpoint of another configuration never matches.
+        batch_size: that the epochs were trained with.
+        epoch: epochs that are done.
+        key, checksum: the tensors; empty as long as no epoch is done.
+        val_correct: validation samples that each unit of the block classified correctly after that epoch.
+        peak_bytes: measured so far.
+        train_s, loader_wait_s: seconds spent so far, over all attempts.
+    """
+
+    fingerprint: str
+    batch_size: int
+    epoch: int = 0
+    key: str = ""
+    checksum: str = ""
+    val_correct: list[int] = field(default_factory=list)
+    peak_bytes: int = 0
+    train_s: float = 0.0
+    loader_wait_s: float = 0.0
+
+
+def pack_units(units: Sequence[nn.Module], first_unit: int) -> dict[str, torch.Tensor]:
+    """Names every weight and buffer "<unit_idx>.<name in the unit>"."""
+    return {
+        f"{first_unit + offset}.{name}": tensor
+        for offset, unit in enumerate(units)
+        for name, tensor in unit.state_dict().items()
+    }
+
+
+def unpack_units(units: Sequence[nn.Module], first_unit: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Loads what `pack_units` named; every weight must be there and none besides."""
+    for offset, unit in enumerate(units):
+        prefix = f"{first_unit + offset}."
+        state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        unit.load_state_dict(state, strict=True)
+
+
+def save_checkpoint(
+    store: Store,
+    prefix: str,
+    record: CheckpointRecord,
+    units: Sequence[nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> CheckpointRecord:
+    """Writes tensors, then the record, then removes the tensors of the epoch before.
+
+    Args:
+        prefix: the attempt's folder.
+        record: `key` and `checksum` are filled in here.
+
+    Returns:
+        The record as stored.
+    """
+    tensors = pack_units(units, 0) | _pack_momentum(optimizers)
+    data = safetensors.torch.save(tensors)
+    key = f"{prefix}/checkpoint-{record.epoch:05d}.safetensors"
+    stored = replace(record, key=key, checksum=checksum_of(data))
+    store.put(key, data)
+    store.put(f"{prefix}/{RECORD_NAME}", json.dumps(asdict(stored)).encode())
+    if record.key.startswith(f"{prefix}/"):
+        store.delete([record.key])
+    return stored
+
+
+def find_checkpoint(
+    store: Store, layout: RunLayout, block_idx: int, fingerprint: str
+) -> CheckpointRecord | None:
+    """Returns the record with the most epochs among all attempts at a block, None if there is none."""
+    newest = None
+    for key, _ in store.list(layout.block(block_idx)):
+        if not key.endswith(f"/{RECORD_NAME}"):
+            continue
+        try:
+            record = CheckpointRecord(**json.loads(bytes(store.get(key))))
+        except (ValueError, TypeError, ObjectMissing) as error:
+            logger.warning("checkpoint record %s is unusable: %s", key, error)
+            continue
+        if record.fingerprint == fingerprint and (newest is None or record.epoch > newest.epoch):
+            newest = record
+    return newest
+
+
+def load_checkpoint(
+    store: Store,
+    record: CheckpointRecord,
+    units: Sequence[nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """Restores weights, buffers and momentum.
+
+    Raises:
+        ObjectCorrupt: the tensors are not those that the record names.
+    """
+    data = bytes(store.get(record.key))
+    if checksum_of(data) != record.checksum:
+        raise ObjectCorrupt(
+            f"checkpoint {record.key} has checksum {checksum_of(data)}, its record says {record.checksum}",
+            store.uri,
+            f"delete {record.key} and the {RECORD_NAME} beside it: the block then starts again",
+        )
+    tensors = safetensors.torch.load(data)
+    unpack_units(units, 0, {k: t for k, t in tensors.items() if not k.startswith("momentum.")})
+    _unpack_momentum(optimizers, tensors)
+
+
+def _pack_momentum(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    return {
+        f"momentum.{unit}.{position}": buffer
+        for unit, optimizer in enumerate(optimizers)
+        for position, parameter in enumerate(optimizer.param_groups[0]["params"])
+        if (buffer := optimizer.state[parameter].get("momentum_buffer")) is not None
+    }
+
+
+def _unpack_momentum(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
+    for unit, optimizer in enumerate(optimizers):
+        for position, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            buffer = tensors.get(f"momentum.{unit}.{position}")
+            if buffer is not None:
+                # Laid out like its parameter, so that a fused step computes in the same order as before.
+                optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)

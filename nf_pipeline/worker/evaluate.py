@@ -1,0 +1,33 @@
+"""Accuracy of a block's units on a split, in inference mode."""
+
+from collections.abc import Sequence
+
+from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.core.memory import PeakMeter
+from nf_pipeline.core.train_step import Precision, forward_block
+from nf_pipeline.worker.feed import Feed
+
+
+def count_correct(
+    units: Sequence[LocalUnit], feed: Feed, precision: Precision, meter: PeakMeter
+) -> list[int]:
+    """Counts the samples that each unit's head classifies correctly.
+
+    Batch norm uses its running statistics, as in the final model. The units come back in training mode.
+    """
+    correct = [0] * len(units)
+    set_training(units, False)
+    for batch in feed.batches():
+        with meter:
+            batch.track(meter)
+            _, all_logits = forward_block(units, batch.take_x(), precision, with_heads=True)
+            for position, logits_NK in enumerate(all_logits):
+                correct[position] += int((logits_NK.argmax(dim=1) == batch.y_N).sum())
+    set_training(units, True)
+    return correct
+
+
+def set_training(units: Sequence[LocalUnit], mode: bool) -> None:
+    """Puts every unit into training (True) or inference mode."""
+    for unit in units:
+        unit.train(mode)

@@ -1,0 +1,113 @@
+"""Batches of stored samples as tensors on the training device.
+
+Images (uint8) are normalised with the train split's mean and standard deviation; stored activations are widened
+to float32. On a CPU the stored bytes are the loader's host memory; only the float32 batch counts as device memory,
+from the moment the consumer tracks it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from nf_pipeline.core.memory import PeakMeter
+from nf_pipeline.storage.manifest import StageManifest
+from nf_pipeline.storage.reader import Batch, ShardReader
+from nf_pipeline.storage.shards import TensorSpec
+from nf_pipeline.storage.store import Store
+
+_DTYPES = {
+    "uint8": torch.uint8,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class DeviceBatch:
+    """One batch, whose inputs can be handed over so that nobody else keeps them alive.
+
+    Attributes:
+        y_N: int64 labels on the device.
+        sample_ids: int64 [N] on the host.
+    """
+
+    def __init__(self, x_NCHW: torch.Tensor, y_N: torch.Tensor, sample_ids: np.ndarray) -> None:
+        self._x_NCHW: torch.Tensor | None = x_NCHW
+        self.y_N = y_N
+        self.sample_ids = sample_ids
+
+    def track(self, meter: PeakMeter) -> None:
+        """Counts the batch as device memory."""
+        meter.track(self._x_NCHW, self.y_N)
+
+    def take_x(self) -> torch.Tensor:
+        """Hands over the inputs, float32; once. A block's first unit is done with them long before its last."""
+        x_NCHW, self._x_NCHW = self._x_NCHW, None
+        return x_NCHW
+
+
+class Feed:
+    """One split of a stage's output, batch by batch on a device."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        spec: TensorSpec,
+        device: torch.device,
+        normalisation: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        self._reader = reader
+        self._spec = spec
+        self._device = device
+        self._normalisation = normalisation
+
+    @property
+    def num_rows(self) -> int:
+        """Samples in the split."""
+        return self._reader.num_rows
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that the consumer has waited for stored data so far."""
+        return self._reader.wait_s
+
+    def num_batches(self, *, drop_last: bool) -> int:
+        """Returns the steps of one pass."""
+        return self._reader.num_batches(drop_last=drop_last)
+
+    def batches(
+        self, *, seed: int = 0, epoch: int = 0, shuffle: bool = False, drop_last: bool = False
+    ) -> Iterator[DeviceBatch]:
+        """Yields the split once, in stored order unless `shuffle`; see `ShardReader.batches`."""
+        stored = self._reader.batches(seed=seed, epoch=epoch, shuffle=shuffle, drop_last=drop_last)
+        for batch in stored:
+            labels_N = torch.from_numpy(batch.labels).to(self._device)
+            yield DeviceBatch(self._to_device(batch), labels_N, batch.sample_ids)
+
+    def _to_device(self, batch: Batch) -> torch.Tensor:
+        stored = torch.from_numpy(batch.tensors).view(_DTYPES[self._spec.dtype])
+        stored = stored.view(len(batch.labels), *self._spec.shape)
+        if self._device.type == "cuda":
+            stored = stored.pin_memory().to(self._device, non_blocking=True)
+        # copy: float32 shards would otherwise hand out the loader's own buffer.
+        x_NCHW = stored.to(dtype=torch.float32, copy=True)
+        if self._normalisation is not None:
+            mean_C11, std_C11 = self._normalisation
+            x_NCHW.sub_(mean_C11).div_(std_C11)
+        return x_NCHW
+
+
+def open_feed(
+    store: Store, manifest: StageManifest, split: str, *, batch_size: int, device: torch.device
+) -> Feed:
+    """Opens one split of an ingest or block manifest for reading."""
+    reader = ShardReader(store, manifest.shards[split], manifest.spec, batch_size=batch_size)
+    normalisation = None
+    if "mean" in manifest.facts:
+        # Stored as statistics of pixels scaled to [0, 1].
+        normalisation = tuple(
+            (255.0 * torch.tensor(manifest.facts[name], dtype=torch.float32)).view(-1, 1, 1).to(device)
+            for name in ("mean", "std")
+        )
+    return Feed(reader, manifest.spec, device, normalisation)

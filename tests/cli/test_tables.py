@@ -1,0 +1,216 @@
+"""Tables as text: what stands in which row."""
+
+from typing import Any
+
+from nf_pipeline.cli.tables import (
+    align,
+    checks_text,
+    evaluation_text,
+    garbage_text,
+    plan_text,
+    status_text,
+    summary_text,
+)
+from nf_pipeline.driver.doctor import Check
+from nf_pipeline.driver.status import StageStatus
+from nf_pipeline.plan import BlockPlan, LayerSpec, Plan, UnitProfile
+
+MIB = 2**20
+
+
+def test_align_puts_numbers_right_and_words_left() -> None:
+    assert align(["name", "bytes"], [["a", "7"], ["long name", ""], ["b", "1,234 B"]]).splitlines() == [
+        "name         bytes",
+        "---------  -------",
+        "a                7",
+        "long name",
+        "b          1,234 B",
+    ]
+
+
+def test_align_without_rows_is_headers_and_rule() -> None:
+    assert align(["a", "b"], []).splitlines() == ["a  b", "-  -"]
+
+
+def two_block_plan() -> Plan:
+    return Plan(
+        model="convnet",
+        num_classes=10,
+        image_shape=(1, 8, 8),
+        budget_bytes=64 * MIB,
+        layers=tuple(
+            LayerSpec(layer_idx=i, name=f"features.{i}", out_shape=(32, 8, 8), params=100, flops=1000)
+            for i in range(3)
+        ),
+        units=(
+            UnitProfile(
+                unit_idx=0,
+                start=0,
+                stop=3,
+                bytes_per_sample=1,
+                constant_bytes=1,
+                resident_bytes=1,
+                head_params=1,
+                head_flops=1,
+            ),
+        ),
+        blocks=tuple(
+            BlockPlan(
+                block_idx=idx,
+                units=(0, 1),
+                layers=layers,
+                batch_size=batch,
+                predicted_peak_bytes=peak * MIB,
+                shard_bytes=shard_bytes,
+                reason=reason,
+            )
+            for idx, (layers, batch, peak, shard_bytes, reason) in enumerate(
+                [
+                    ((0, 2), 48, 60, 2 * MIB, "the next unit's batch differs by 50 %"),
+                    ((2, 3), 128, 32, 0, "last"),
+                ]
+            )
+        ),
+        params_full=12_345,
+        flops_full=1000,
+        profile_s=1.25,
+    )
+
+
+def test_plan_text_has_a_row_per_block_with_the_reason() -> None:
+    placement = {"executor": "ray", "address": "head:6379", "device": "auto"}
+    text = plan_text(two_block_plan(), placement)
+    first, second = (line for line in text.splitlines() if line.strip().startswith(("1/2", "2/2")))
+    assert first.split("  ")[-1] == "the next unit's batch differs by 50 %"
+    assert "0-1" in first and "48" in first and "60.0/64.0 MiB (94 %)" in first and "2.0 MiB" in first
+    assert "2-2" in second and "128" in second and "32.0/64.0 MiB (50 %)" in second
+    assert "convnet: 3 layers, 1 units, 12.3 k parameters, images 1x8x8, 10 classes, budget 64.0 MiB" in text
+    assert "on the Ray at head:6379, device auto; activations 2.0 MiB in all; profiled in 1.2 s" in text
+
+
+def test_plan_text_names_each_kind_of_placement() -> None:
+    plan = two_block_plan()
+    assert "in this process" in plan_text(plan, {"executor": "inline", "address": None, "device": "cpu"})
+    assert "on a local Ray" in plan_text(plan, {"executor": "ray", "address": None, "device": "cpu"})
+
+
+def summary_document(**changes: Any) -> dict[str, Any]:
+    exits = [
+        {
+            "layer_idx": layer_idx,
+            "layer": f"features.{layer_idx}",
+            "val_accuracy": accuracy,
+            "val_interval": [accuracy - 0.01, accuracy + 0.01],
+            "params": params,
+            "flops": 1_500_000_000,
+        }
+        for layer_idx, accuracy, params in [(2, 0.5, 30_000), (5, 0.613, 250_000), (8, 0.614, 1_000_000)]
+    ]
+    block = {
+        "block_idx": 0,
+        "layers": [0, 9],
+        "batch_size": 32,
+        "predicted_peak_bytes": 60 * MIB,
+        "measured_peak_bytes": 48 * MIB,
+        "train_s": 75.0,
+        "shard_bytes": 0,
+        "attempts": 2,
+    }
+    document = {
+        "memory_budget_bytes": 64 * MIB,
+        "blocks": [block],
+        "exits": exits,
+        "chosen_exit": 1,
+        "chosen_reason": "0.1 points below the best, which is within the tolerance of 0.5",
+        "val_accuracy": 0.613,
+        "test_accuracy": 0.605,
+        "params_full": 1_000_000,
+        "params_final": 250_000,
+        "wall_s": 80.0,
+        "stopped_early": False,
+    }
+    return document | changes
+
+
+def test_summary_text_marks_the_chosen_exit_and_says_why() -> None:
+    lines = summary_text(summary_document(), "./nf-runs/run").splitlines()
+    marked = [line for line in lines if line.startswith("*")]
+    assert len(marked) == 1
+    assert marked[0].split() == [
+        *("*", "1", "features.5", "61.3", "%", "60.3-62.3", "%", "250.0", "k", "25.0", "%", "1.500")
+    ]
+    assert "chosen: exit 1, 0.1 points below the best, which is within the tolerance of 0.5" in lines
+    assert "validation 61.3 %, test 60.5 %, 250.0 k of 1.00 M parameters (4.0x smaller), 1m in all" in lines
+
+
+def test_summary_text_shows_measured_peak_against_budget() -> None:
+    row = next(line for line in summary_text(summary_document(), "u").splitlines() if "0-8" in line)
+    assert "48.0/64.0 MiB (75 %)" in row
+    assert "60.0 MiB" in row
+
+
+def test_summary_text_without_a_test_split_has_a_dash() -> None:
+    text = summary_text(summary_document(test_accuracy=None, stopped_early=True), "u")
+    assert "test -," in text
+    assert "stopped early" in text
+
+
+def status_document(*stages: StageStatus, state: str) -> dict[str, Any]:
+    return {"uri": "./nf-runs/run", "state": state, "stages": [vars(stage) for stage in stages]}
+
+
+def test_status_text_of_a_silent_run_says_how_to_continue() -> None:
+    running = StageStatus(
+        stage="block-000", state="running", attempt="ab", attempts=1, epoch=3, num_epochs=8, updated_s=7200.0
+    )
+    text = status_text(status_document(StageStatus(stage="ingest", state="done"), running, state="running"))
+    assert "block-000 has been silent for 2h 0m." in text
+    assert "nf-pipeline resume ./nf-runs/run" in text
+    assert "3/8" in text
+
+
+def test_status_text_of_a_lively_run_gives_no_advice() -> None:
+    running = StageStatus(stage="block-000", state="running", attempts=1, updated_s=5.0)
+    assert "resume" not in status_text(status_document(running, state="running"))
+
+
+def test_status_text_of_a_failed_run_gives_the_error() -> None:
+    failed = StageStatus(
+        stage="block-000", state="failed", error="Diverged: NaN at step 3\nFix: less", attempts=1
+    )
+    text = status_text(status_document(failed, state="failed"))
+    assert "block-000 failed: Diverged: NaN at step 3\nFix: less" in text
+    assert "nf-pipeline resume ./nf-runs/run" in text
+
+
+def test_evaluation_text_marks_the_chosen_exit() -> None:
+    rows = [
+        {"layer_idx": 2, "layer": "a", "accuracy": 0.5, "num_images": 1797, "chosen": False},
+        {"layer_idx": 5, "layer": "b", "accuracy": 0.75, "num_images": 1797, "chosen": True},
+    ]
+    assert evaluation_text(rows).splitlines()[2:] == [
+        "      2  a        50.0 %   1,797",
+        "*     5  b        75.0 %   1,797",
+    ]
+
+
+def test_checks_text_puts_the_fix_below_its_check() -> None:
+    checks = [
+        Check(name="python", state="ok", detail="3.11"),
+        Check(name="ray", state="warn", detail="not installed", fix="pip install ray"),
+    ]
+    assert checks_text(checks).splitlines() == [
+        "ok    python  3.11",
+        "warn  ray     not installed",
+        "              Fix: pip install ray",
+    ]
+
+
+def test_garbage_text_counts_and_says_whether_it_happened() -> None:
+    objects = [("run/blocks/000/attempt-ab/checkpoint.safetensors", 2 * MIB), ("run/x", 512)]
+    assert garbage_text(objects, dry_run=True).splitlines() == [
+        "   2.0 MiB  run/blocks/000/attempt-ab/checkpoint.safetensors",
+        "     512 B  run/x",
+        "would delete 2 objects, 2.0 MiB",
+    ]
+    assert garbage_text([], dry_run=False) == "deleted 0 objects, 0 B"

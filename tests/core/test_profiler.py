@@ -1,0 +1,227 @@
+"""Predictions on fake tensors against bytes counted while really training."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from nf_pipeline.config import TrainConfig
+from nf_pipeline.core.layers import cut
+from nf_pipeline.core.local_unit import LocalUnit, build_units, unit_ranges
+from nf_pipeline.core.memory import LiveBytes
+from nf_pipeline.core.models import build_model
+from nf_pipeline.core.partition import block_peak_bytes
+from nf_pipeline.core.profiler import (
+    Shape,
+    count_params,
+    fit_line,
+    forward_flops,
+    predict_block_peak,
+    probe_batch_sizes,
+    profile_units,
+    step_memory,
+)
+from nf_pipeline.core.train_step import forward_block, make_optimizer, train_step
+from nf_pipeline.errors import ConfigError
+
+CPU = torch.device("cpu")
+NUM_CLASSES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    units: list[LocalUnit]
+    ranges: list[tuple[int, int]]
+    in_shapes: list[Shape]
+
+
+def make_network(name: str, unit_layers: int, image_size: int = 32) -> Network:
+    image_shape = (3, image_size, image_size)
+    model = build_model(name, image_shape=image_shape, num_classes=NUM_CLASSES, seed=0)
+    cut_model = cut(model, image_shape)
+    ranges = unit_ranges(len(cut_model.layers), unit_layers)
+    starts: list[Shape] = [image_shape, *cut_model.out_shapes]
+    return Network(
+        units=build_units(cut_model, "adaptive", unit_layers, NUM_CLASSES, 0),
+        ranges=ranges,
+        in_shapes=[starts[start] for start, _ in ranges],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    train_peak: int
+    eval_peak: int
+    resident: int
+
+
+def measure(units: Sequence[LocalUnit], in_shape: Shape, batch_size: int, cfg: TrainConfig) -> Measured:
+    """Trains copies for real, two steps, then validates them with the same batch size."""
+    units = [copy.deepcopy(unit).train() for unit in units]
+    optimizers = [make_optimizer(unit, cfg, 0.01) for unit in units]
+    meter = LiveBytes(CPU)
+    meter.track(*units)
+    with meter:
+        for _ in range(2):
+            y_N = torch.zeros(batch_size, dtype=torch.int64)
+            train_step(units, optimizers, torch.randn(batch_size, *in_shape), y_N, cfg.precision)
+            del y_N
+        train_peak, resident = meter.peak_bytes, meter.current_bytes
+        meter.reset_peak()
+        for unit in units:
+            unit.eval()
+        result = forward_block(units, torch.randn(batch_size, *in_shape), cfg.precision, with_heads=True)
+        del result
+    return Measured(train_peak=train_peak, eval_peak=meter.peak_bytes, resident=resident)
+
+
+CASES = [
+    ("convnet", 1, "fp32", 16, 8),
+    ("convnet", 3, "bf16", 16, 32),
+    ("vgg11_bn", 1, "fp32", 32, 8),
+    ("vgg11_bn", 1, "bf16", 32, 8),
+    ("vgg11_bn", 3, "fp32", 32, 16),
+    ("vgg11_bn", 3, "bf16", 32, 16),
+    ("resnet18", 1, "fp32", 32, 8),
+    ("resnet18", 3, "bf16", 32, 8),
+]
+
+
+@pytest.mark.parametrize(("name", "unit_layers", "precision", "image_size", "batch_size"), CASES)
+def test_predicted_peaks_equal_those_of_real_training(
+    name: str, unit_layers: int, precision: str, image_size: int, batch_size: int
+) -> None:
+    cfg = TrainConfig(precision=precision)
+    network = make_network(name, unit_layers, image_size)
+    blocks = [slice(idx, idx + 1) for idx in range(len(network.units))] + [slice(0, 2), slice(0, None)]
+    for block in blocks:
+        units, in_shape = network.units[block], network.in_shapes[block.start]
+        predicted = predict_block_peak(units, in_shape, batch_size, train=cfg, device=CPU)
+        measured = measure(units, in_shape, batch_size, cfg)
+        assert predicted == pytest.approx(measured.train_peak, rel=0.001), block
+        assert measured.eval_peak <= measured.train_peak, block
+
+
+def test_resident_bytes_are_weights_buffers_and_momentum() -> None:
+    network = make_network("convnet", 3, 16)
+    cfg = TrainConfig()
+    memory = step_memory(network.units[:1], (3, 16, 16), [4, 8], train=cfg, device=CPU)
+    unit = network.units[0]
+    weights = sum(parameter.nbytes for parameter in unit.parameters())
+    assert memory.resident_bytes == 2 * weights + sum(buffer.nbytes for buffer in unit.buffers())
+    assert memory.resident_bytes == measure([unit], (3, 16, 16), 4, cfg).resident
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "unit_layers"), [("convnet", 1), ("vgg11_bn", 3), ("resnet18", 1)])
+def test_fitted_lines_lie_above_every_batch_and_close_to_it(
+    name: str, unit_layers: int, precision: str
+) -> None:
+    cfg = TrainConfig(precision=precision)
+    network = make_network(name, unit_layers)
+    profiles = profile_units(
+        network.units,
+        network.ranges,
+        network.in_shapes,
+        train=cfg,
+        device=CPU,
+        batch_sizes=probe_batch_sizes(2, 128),
+    )
+    assert [(profile.start, profile.stop) for profile in profiles] == network.ranges
+    for profile, unit, in_shape in zip(profiles, network.units, network.in_shapes, strict=True):
+        exact = step_memory([unit], in_shape, [3, 17, 50, 100, 128], train=cfg, device=CPU).peak_bytes
+        for batch_size, peak_bytes in exact.items():
+            assert peak_bytes <= profile.peak_bytes(batch_size) <= 1.05 * peak_bytes
+
+
+def test_a_block_takes_at_most_the_bytes_added_up_from_its_units() -> None:
+    network = make_network("vgg11_bn", 1)
+    cfg = TrainConfig()
+    profiles = profile_units(
+        network.units, network.ranges, network.in_shapes, train=cfg, device=CPU, batch_sizes=[2, 16, 64]
+    )
+    for start, stop in [(0, 2), (1, 4), (4, 8)]:
+        exact = predict_block_peak(
+            network.units[start:stop], network.in_shapes[start], 24, train=cfg, device=CPU
+        )
+        assert exact <= block_peak_bytes(profiles[start:stop], 24) <= 1.05 * exact
+
+
+def test_profiling_leaves_the_units_as_they_are_and_allocates_no_activation() -> None:
+    network = make_network("convnet", 3, 16)
+    unit = network.units[0]
+    before = {name: tensor.clone() for name, tensor in unit.state_dict().items()}
+    with LiveBytes(CPU) as meter:
+        predict_block_peak([unit], (3, 16, 16), 1024, train=TrainConfig(), device=CPU)
+    assert unit.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unit.state_dict().items())
+    assert all(parameter.grad is None for parameter in unit.parameters())
+    assert meter.peak_bytes < 2**20  # the batch alone would be 3 MiB
+
+
+def test_probes_span_the_batches_that_a_plan_may_choose() -> None:
+    assert probe_batch_sizes(2, 128) == [2, 33, 65, 128]
+    assert probe_batch_sizes(2, 2) == [2, 2, 3, 5] or len(set(probe_batch_sizes(2, 2))) >= 3
+    assert probe_batch_sizes(4, 8)[0] == 4
+    assert probe_batch_sizes(4, 8)[-1] == 8
+
+
+def test_an_exact_line_is_found_exactly() -> None:
+    assert fit_line({2: 1007, 5: 1016, 100: 1301}) == (3, 1001)
+
+
+@given(st.dictionaries(st.integers(1, 500), st.integers(0, 10**10), min_size=2, max_size=5))
+def test_no_point_lies_above_its_fit_and_one_lies_on_it(peak_bytes: dict[int, int]) -> None:
+    slope, intercept = fit_line(peak_bytes)
+    gaps = [slope * size + intercept - peak for size, peak in peak_bytes.items()]
+    assert slope >= 0
+    assert min(gaps) == 0
+
+
+def test_flops_of_a_convolution_and_a_linear_layer_are_twice_their_multiply_adds() -> None:
+    convolution = nn.Conv2d(3, 8, 3, padding=1)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    assert forward_flops([convolution, head], (3, 6, 6)) == [2 * 3 * 9 * 8 * 36, 2 * 8 * 5]
+
+
+def test_head_params_and_flops_are_those_of_the_head_alone() -> None:
+    network = make_network("convnet", 6, 16)
+    unit = LocalUnit(list(network.units[0].layers), nn.Sequential(nn.Flatten(), nn.LazyLinear(7)))
+    in_shape = network.in_shapes[0]
+    out_NCHW, _ = unit(torch.zeros(2, *in_shape))
+    features = out_NCHW[0].numel()
+    (profile,) = profile_units(
+        [unit], [(0, 6)], [in_shape], train=TrainConfig(), device=CPU, batch_sizes=[2, 8]
+    )
+    assert profile.head_params == count_params(unit.head) == features * 7 + 7
+    assert profile.head_flops == 2 * features * 7
+
+
+class Nonzero(nn.Module):
+    """Its output's shape depends on values."""
+
+    def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+        return x_NCHW * x_NCHW.nonzero().shape[0]
+
+
+def test_a_model_whose_memory_depends_on_values_is_a_config_error() -> None:
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    unit = LocalUnit([nn.Sequential(Nonzero(), nn.Conv2d(3, 4, 1))], head)
+    with pytest.raises(ConfigError, match="cannot be predicted"):
+        predict_block_peak([unit], (3, 8, 8), 2, train=TrainConfig(), device=CPU)
+
+
+@pytest.mark.gpu
+def test_gpu_profile_is_at_least_the_tensor_bytes() -> None:
+    network = make_network("convnet", 3, 16)
+    for unit, in_shape in zip(network.units, network.in_shapes, strict=True):
+        tensors = predict_block_peak([unit], in_shape, 16, train=TrainConfig(), device=CPU)
+        measured = predict_block_peak(
+            [unit], in_shape, 16, train=TrainConfig(), device=torch.device("cuda")
+        )
+        assert measured >= 0.9 * tensors

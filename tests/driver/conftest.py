@@ -1,0 +1,30 @@
+"""Shared by the driver's tests: a small, fast configuration on the shipped digits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nf_pipeline.config import RunConfig, resolve_config
+
+DIGITS = {
+    "memory.budget_bytes": "2MiB",
+    "data.max_train_images": 400,
+    "train.epochs": 2,
+    "train.unit_layers": 2,
+    "cluster.executor": "inline",
+    "cluster.num_threads": 1,
+    "train.device": "cpu",
+}
+
+
+@pytest.fixture
+def digits_config(tmp_path: Path) -> Callable[..., RunConfig]:
+    """Returns a maker of configurations that differ from the fast one in the given dotted fields."""
+
+    def make(**changes: Any) -> RunConfig:
+        flags = {"storage.uri": str(tmp_path / "runs"), **DIGITS}
+        return resolve_config(flags={**flags, **{key.replace("__", "."): v for key, v in changes.items()}})
+
+    return make

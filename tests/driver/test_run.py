@@ -1,0 +1,260 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nf_pipeline import load_model
+from nf_pipeline.config import RunConfig
+from nf_pipeline.driver.run import resume, train
+from nf_pipeline.errors import Diverged, ObjectCorrupt, ObjectMissing, PlanError, RunConflict
+from nf_pipeline.events import EpochDone, Event, StageDone, StageFailed, StageSkipped, StageStarted
+
+MakeConfig = Callable[..., RunConfig]
+
+SUMMARY_KEYS = {
+    "format_version",
+    "run",
+    "model",
+    "dataset",
+    "num_classes",
+    "memory_budget_bytes",
+    "executor",
+    "seed",
+    "profile_s",
+    "wall_s",
+    "blocks",
+    "exits",
+    "chosen_exit",
+    "val_accuracy",
+    "test_accuracy",
+    "params_full",
+    "params_final",
+    "stopped_early",
+}
+BLOCK_KEYS = {
+    "block_idx",
+    "layers",
+    "batch_size",
+    "predicted_peak_bytes",
+    "measured_peak_bytes",
+    "train_s",
+    "loader_wait_s",
+    "write_s",
+    "shard_bytes",
+    "num_shards",
+    "attempts",
+    "worker",
+}
+
+
+def test_digits_are_learnt_within_the_budget(digits_config: MakeConfig) -> None:
+    config = digits_config(data__max_train_images=1400, train__epochs=6)
+    summary = train(config)
+    assert summary["test_accuracy"] > 0.9
+    assert len(summary["blocks"]) > 1
+    for block in summary["blocks"]:
+        assert block["measured_peak_bytes"] <= config.memory.budget_bytes
+        assert block["predicted_peak_bytes"] == pytest.approx(block["measured_peak_bytes"], rel=0.1)
+
+
+def test_summary_has_the_fields_that_scripts_rely_on(digits_config: MakeConfig) -> None:
+    config = digits_config()
+    summary = train(config)
+    assert set(summary) >= SUMMARY_KEYS
+    assert all(set(block) == BLOCK_KEYS for block in summary["blocks"])
+    for exit in summary["exits"]:
+        assert set(exit) == {"layer_idx", "layer", "val_accuracy", "val_interval", "params", "flops"}
+        assert exit["val_interval"][0] <= exit["val_accuracy"] <= exit["val_interval"][1]
+    stored = Path(config.storage.uri, config.run, "summary.json").read_text()
+    assert json.loads(stored) == json.loads(json.dumps(summary))
+
+
+def test_events_tell_the_whole_run_in_order(digits_config: MakeConfig) -> None:
+    events: list[Event] = []
+    config = digits_config()
+    summary = train(config, on_event=events.append)
+    done = [event.stage for event in events if isinstance(event, StageDone)]
+    blocks = [f"block-{idx:03d}" for idx in range(len(summary["blocks"]))]
+    assert done == ["ingest", "plan", *blocks, "model"]
+    assert sum(isinstance(event, EpochDone) for event in events) == 2 * len(blocks)
+    lines = Path(config.storage.uri, config.run, "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines].count("StageDone") == len(done)
+
+
+def test_finished_run_is_skipped_stage_by_stage(digits_config: MakeConfig) -> None:
+    first = train(digits_config())
+    events: list[Event] = []
+    second = train(digits_config(), on_event=events.append)
+    assert {type(event) for event in events} == {StageSkipped}
+    assert second["weights_checksum"] == first["weights_checksum"]
+    assert second["wall_s"] > 0
+
+
+def test_resume_needs_only_the_uri(digits_config: MakeConfig) -> None:
+    config = digits_config()
+    first = train(config)
+    assert resume(f"{config.storage.uri}/run")["weights_checksum"] == first["weights_checksum"]
+    with pytest.raises(ObjectMissing, match="no run 'absent'"):
+        resume(f"{config.storage.uri}/absent")
+
+
+def test_name_taken_by_another_configuration_is_refused(digits_config: MakeConfig) -> None:
+    train(digits_config())
+    with pytest.raises(RunConflict, match=r"train\.epochs: there 2, here 3"):
+        train(digits_config(train__epochs=3))
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others(digits_config: MakeConfig) -> None:
+    a, b, c = (
+        train(digits_config(run=name, train__seed=seed))["weights_checksum"]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert a == b != c
+
+
+@pytest.mark.parametrize("after_epochs", [1, 2, 3, 5])
+def test_run_stopped_after_any_epoch_ends_with_the_same_weights(
+    digits_config: MakeConfig, after_epochs: int
+) -> None:
+    straight = train(digits_config(run="straight", train__epochs=3))
+    config = digits_config(run="stopped", train__epochs=3)
+
+    def stop(event: Event) -> None:
+        nonlocal after_epochs
+        after_epochs -= isinstance(event, EpochDone)
+        if after_epochs == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_event=stop)
+    events: list[Event] = []
+    resumed = train(config, on_event=events.append)
+    assert resumed["weights_checksum"] == straight["weights_checksum"]
+    assert [e["val_accuracy"] for e in resumed["exits"]] == [e["val_accuracy"] for e in straight["exits"]]
+    first = next(e for e in events if isinstance(e, StageStarted) and e.stage.startswith("block"))
+    assert first.resumed_epochs > 0
+    assert sum(block["attempts"] for block in resumed["blocks"]) == len(resumed["blocks"]) + 1
+
+
+def test_run_killed_in_the_middle_of_block_1_resumes_to_the_same_weights(digits_config: MakeConfig) -> None:
+    straight = train(digits_config(run="straight"))
+    config = digits_config(run="killed")
+    script = (
+        "import os, signal, sys\n"
+        "from nf_pipeline.config import validate_config\n"
+        "from nf_pipeline.driver.run import train\n"
+        "from nf_pipeline.events import EpochDone\n"
+        "import json\n"
+        "def kill(event):\n"
+        "    if isinstance(event, EpochDone) and event.stage == 'block-001':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train(validate_config(json.load(sys.stdin)), on_event=kill)\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", script],
+        input=config.model_dump_json(),
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert resume(f"{config.storage.uri}/killed")["weights_checksum"] == straight["weights_checksum"]
+
+
+def test_loaded_model_reproduces_the_test_accuracy_of_the_summary(digits_config: MakeConfig) -> None:
+    config = digits_config()
+    summary = train(config)
+    uri = f"{config.storage.uri}/{config.run}"
+    model = load_model(uri)
+    assert model.card.test_accuracy == summary["test_accuracy"]
+    assert sum(p.numel() for p in model.parameters()) == summary["params_final"]
+    logits_NK = model(torch.zeros(3, *model.card.image_shape, dtype=torch.uint8))
+    assert logits_NK.shape == (3, 10)
+
+
+def test_model_with_other_weights_is_refused(digits_config: MakeConfig) -> None:
+    config = digits_config()
+    train(config)
+    weights = Path(config.storage.uri, config.run, "model", "model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ObjectCorrupt, match="checksum"):
+        load_model(f"{config.storage.uri}/{config.run}")
+
+
+def test_missing_shard_of_a_finished_block_is_named(digits_config: MakeConfig) -> None:
+    config = digits_config()
+    train(config)
+    block = Path(config.storage.uri, config.run, "blocks", "000")
+    shard = next(block.rglob("train-00000.parquet"))
+    shard.unlink()
+    with pytest.raises(ObjectCorrupt, match=r"train-00000\.parquet"):
+        train(config)
+
+
+def test_deleted_manifest_repeats_exactly_that_stage(digits_config: MakeConfig) -> None:
+    config = digits_config()
+    first = train(config)
+    Path(config.storage.uri, config.run, "blocks", "001", "manifest.json").unlink()
+    events: list[Event] = []
+    second = train(config, on_event=events.append)
+    assert [e.stage for e in events if isinstance(e, StageStarted)] == ["block-001"]
+    assert second["weights_checksum"] == first["weights_checksum"]
+
+
+def test_budget_that_fits_nothing_names_the_smallest_that_works(digits_config: MakeConfig) -> None:
+    with pytest.raises(PlanError) as caught:
+        train(digits_config(memory__budget_bytes="20KiB"))
+    smallest = caught.value.smallest_budget_bytes
+    summary = train(digits_config(run="smallest", memory__budget_bytes=smallest, train__epochs=1))
+    assert all(block["measured_peak_bytes"] <= smallest for block in summary["blocks"])
+    with pytest.raises(PlanError):
+        train(digits_config(run="below", memory__budget_bytes=int(smallest * 0.98)))
+
+
+def test_exploding_loss_ends_the_run_with_epoch_and_step(digits_config: MakeConfig) -> None:
+    events: list[Event] = []
+    with pytest.raises(Diverged, match=r"block-000: loss .* in epoch \d+, step \d+"):
+        train(digits_config(train__lr=100.0, train__epochs=20), on_event=events.append)
+    assert isinstance(events[-1], StageFailed)
+
+
+def test_measured_peak_over_the_budget_shrinks_the_batch_and_says_so(digits_config: MakeConfig) -> None:
+    config = digits_config()
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_event=_interrupt_at_block_0)
+    plan_json = Path(config.storage.uri, config.run, "plan.json")
+    plan = json.loads(plan_json.read_text())
+    planned = plan["blocks"][0]["batch_size"]
+    plan["blocks"][0]["batch_size"] = planned * 5 // 4  # a plan that promises more than the budget holds
+    plan_json.write_text(json.dumps(plan))
+    events: list[Event] = []
+    summary = train(config, on_event=events.append)
+    failure = next(event for event in events if isinstance(event, StageFailed))
+    assert (failure.stage, failure.error) == ("block-000", "OutOfBudget")
+    assert summary["blocks"][0]["batch_size"] < planned
+    assert summary["blocks"][0]["attempts"] == 2
+    assert summary["blocks"][0]["measured_peak_bytes"] <= config.memory.budget_bytes
+
+
+def _interrupt_at_block_0(event: Event) -> None:
+    if isinstance(event, StageStarted) and event.stage == "block-000":
+        raise KeyboardInterrupt
+
+
+def test_moved_store_resumes_where_it_is_found(digits_config: MakeConfig, tmp_path: Path) -> None:
+    config = digits_config()
+    first = train(config)
+    shutil.move(config.storage.uri, tmp_path / "elsewhere")
+    Path(tmp_path, "elsewhere", "run", "model", "manifest.json").unlink()
+    assert resume(f"{tmp_path}/elsewhere/run")["weights_checksum"] == first["weights_checksum"]
+    assert not os.path.exists(config.storage.uri)

@@ -1,0 +1,57 @@
+import json
+
+from nf_pipeline.plan import BlockPlan, LayerSpec, Plan, UnitProfile
+
+
+def make_plan() -> Plan:
+    layers = tuple(
+        LayerSpec(layer_idx=i, name=f"conv{i}", out_shape=(8, 4, 4), params=10, flops=100) for i in range(3)
+    )
+    units = tuple(
+        UnitProfile(
+            unit_idx=u,
+            start=start,
+            stop=stop,
+            bytes_per_sample=7,
+            constant_bytes=100,
+            resident_bytes=50,
+            head_params=5,
+            head_flops=9,
+        )
+        for u, (start, stop) in enumerate([(0, 2), (2, 3)])
+    )
+    block = BlockPlan(
+        block_idx=0,
+        units=(0, 2),
+        layers=(0, 3),
+        batch_size=4,
+        predicted_peak_bytes=200,
+        shard_bytes=0,
+        reason="all units fit",
+    )
+    return Plan(
+        model="convnet",
+        num_classes=10,
+        image_shape=(1, 8, 8),
+        budget_bytes=1000,
+        layers=layers,
+        units=units,
+        blocks=(block,),
+        params_full=40,
+        flops_full=400,
+        profile_s=0.5,
+    )
+
+
+def test_plan_survives_json() -> None:
+    plan = make_plan()
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_units_of_a_block_are_those_in_its_range() -> None:
+    plan = make_plan()
+    assert [unit.unit_idx for unit in plan.units_of(plan.blocks[0])] == [0, 1]
+
+
+def test_unit_peak_is_linear_in_the_batch() -> None:
+    assert make_plan().units[0].peak_bytes(3) == 7 * 3 + 100

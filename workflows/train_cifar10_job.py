@@ -1,0 +1,45 @@
+"""A training job to copy: CIFAR-10 in Parquet, VGG-11, workers with 64 MiB for training.
+
+    python workflows/train_cifar10_job.py --data s3://bucket/cifar10 --store s3://bucket/runs
+
+The same call runs on a laptop, inside a Ray job (`--address auto`) and as a step of a workflow engine. It can
+be repeated: finished stages are skipped, so a job that was lost is submitted again under the same run name.
+"""
+
+import argparse
+import json
+
+from nf_pipeline import RunConfig, train
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the few things that differ between places where the job runs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="folder or URI of Parquet with images and labels")
+    parser.add_argument("--store", default="./nf-runs", help="folder or s3://bucket/prefix that holds runs")
+    parser.add_argument("--run", default="cifar10-vgg11", help="name of the run; the same name resumes it")
+    parser.add_argument(
+        "--memory-budget", default="64MiB", help="what training may hold on a worker's device"
+    )
+    parser.add_argument("--max-train-images", type=int, help="train on a stratified, seeded subset")
+    parser.add_argument("--address", help="Ray cluster to join; a local Ray is started when not given")
+    return parser.parse_args()
+
+
+def make_config(arguments: argparse.Namespace) -> RunConfig:
+    """Says what to train, within which budget, and where; every other setting has a default."""
+    return RunConfig(
+        run=arguments.run,
+        data={"source": arguments.data, "max_train_images": arguments.max_train_images},
+        model={"name": "vgg11_bn"},
+        memory={"budget_bytes": arguments.memory_budget},
+        storage={"uri": arguments.store},
+        cluster={"address": arguments.address},
+    )
+
+
+if __name__ == "__main__":  # worker processes import this file again
+    summary = train(make_config(parse_arguments()))
+    print(json.dumps(summary, indent=2))
