@@ -6,6 +6,7 @@ credentials. Knows nothing of the product; entry points: `minio_server`, `moto_s
 """
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -19,6 +20,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
@@ -56,19 +58,21 @@ class S3Server:
 
     def make_bucket(self) -> str:
         """Creates an empty bucket with a name never used before and returns its name."""
+        name = f"bucket-{secrets.token_hex(6)}"
+        self._client.create_bucket(Bucket=name)
+        return name
+
+    @functools.cached_property
+    def _client(self) -> Any:
         import botocore.session
 
-        name = f"bucket-{secrets.token_hex(6)}"
-        client = botocore.session.Session().create_client(
+        return botocore.session.Session().create_client(
             "s3",
             endpoint_url=self.endpoint,
             region_name=_REGION,
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
         )
-        with contextlib.closing(client):
-            client.create_bucket(Bucket=name)
-        return name
 
 
 def find_juicefs() -> str | None:

@@ -133,7 +133,7 @@ class RichProgress:
     def _end(self, event: Event) -> None:
         task = self._tasks.pop(event.stage)
         if isinstance(event, StageDone):
-            self._bars.update(task, completed=1.0)
+            self._bars.update(task, completed=1.0, fields=" | ".join(self._view.fields(event.stage)))
         self._bars.stop_task(task)
 
 
@@ -146,4 +146,4 @@ def _make_bars(stream: TextIO) -> RichBars:
     # Fields wrap on a narrow terminal instead of losing the ETA at their end.
     fields = TextColumn("{task.fields[fields]}", markup=False, table_column=Column(overflow="fold"))
     label = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
-    return RichBars(label, BarColumn(bar_width=16), fields, console=Console(file=stream), auto_refresh=True)
+    return RichBars(label, BarColumn(bar_width=12), fields, console=Console(file=stream), auto_refresh=True)

@@ -39,6 +39,11 @@ class _StageState:
     val_accuracy: float | None = None
     images_per_s: float | None = None
     peak_bytes: int | None = None
+    seconds: float | None = None
+
+    @property
+    def is_training(self) -> bool:
+        return self.num_epochs > 0 and self.phase in ("train", "validate")
 
 
 class RunView:
@@ -65,8 +70,8 @@ class RunView:
             _take_progress(state, event)
         elif isinstance(event, EpochDone):
             _take_epoch(state, event)
-        elif isinstance(event, StageDone) and event.stage == "plan" and "blocks" in event.result:
-            self._plan = Plan.from_json(event.result)
+        elif isinstance(event, StageDone):
+            self._take_end(state, event)
 
     def label(self, stage: str) -> str:
         """Names a stage for people: "block 3/7" (1-based) or the stage's own name."""
@@ -80,7 +85,7 @@ class RunView:
         state = self._stages.get(stage)
         if state is None:
             return 0.0
-        if state.num_epochs and state.phase in ("train", "validate"):
+        if state.is_training:
             return state.trained
         return state.done / state.total if state.total else 0.0
 
@@ -110,7 +115,7 @@ class RunView:
     def fields(self, stage: str) -> list[str]:
         """Returns the parts of `line` after the label."""
         state = self._stages[stage]
-        if state.num_epochs and state.phase in ("train", "validate"):
+        if state.is_training:
             return self._training_fields(stage, state)
         parts = [
             f"{state.phase} {state.done:,}/{state.total:,}"
@@ -139,8 +144,17 @@ class RunView:
             f"val {_or_dash(state.val_accuracy, '.1%').replace('%', ' %')}",
             f"img/s {_or_dash(state.images_per_s, ',.0f')}",
             f"peak {format_peak(state.peak_bytes, budget)}",
-            f"ETA {format_duration(self.eta_s(stage))}",
+            f"ETA {format_duration(self.eta_s(stage))}"
+            if state.seconds is None
+            else f"took {format_duration(state.seconds)}",
         ]
+
+    def _take_end(self, state: _StageState, event: StageDone) -> None:
+        state.seconds = event.seconds
+        if state.num_epochs:  # what is left to see of a block is its training, not the last phase
+            state.phase, state.trained = "train", 1.0
+        if event.stage == "plan" and "blocks" in event.result:
+            self._plan = Plan.from_json(event.result)
 
     def _later_work(self, stage: str) -> float:
         if self._plan is None:
@@ -227,7 +241,7 @@ def _say_note(event: Note) -> list[str]:
 
 _MESSAGES: dict[type[Event], Callable[..., list[str]]] = {
     StageStarted: _say_started,
-    StageSkipped: lambda event: ["done before" + (f": {event.note}" if event.note else "")],
+    StageSkipped: lambda event: ["skipped" + (f": {event.note}" if event.note else "")],
     StageFailed: _say_failed,
     Note: _say_note,
     StageDone: lambda event: [f"done in {format_duration(event.seconds)}"],

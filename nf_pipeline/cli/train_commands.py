@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -36,6 +36,10 @@ class Interrupted(click.ClickException):
 
     def __init__(self, run_uri: str) -> None:
         super().__init__(f"interrupted; continue with: nf-pipeline resume {run_uri}")
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints the text without click's "Error:"; nothing went wrong."""
+        print(self.message, file=file or sys.stderr)
 
 
 @click.command(

@@ -62,8 +62,8 @@ class _Span:
 def find_cuts(model: nn.Module, graph: fx.Graph) -> list[Piece]:
     """Splits the graph into layers, in order, and the classifier, the last piece.
 
-    - A layer begins with an operation that has weights; operations without weights, and normalisation, join the
-      layer before them.
+    - A layer begins with an operation that has weights; operations without weights, and normalisation, join
+      the layer before them.
     - A class with several instances, one of which has a skip connection inside, is a block; each of its
       instances is one layer, also those without a skip (the strided ones of MobileNetV2).
     - The classifier begins with the first pooling, flattening, dropout or linear operation after the last
@@ -76,6 +76,8 @@ def find_cuts(model: nn.Module, graph: fx.Graph) -> list[Piece]:
 
 
 class _Cutter:
+    """The nodes of one graph by position; place i lies before operation i."""
+
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
@@ -86,6 +88,8 @@ class _Cutter:
         self.blocks = self._find_blocks()
 
     def pieces(self) -> list[Piece]:
+        if not self.placeholder.users:
+            raise self._error("it does not use its input")
         segments = self._segments()
         last_conv = max((i for i, s in enumerate(segments) if self._has(s, self._is_conv)), default=None)
         if last_conv is None:
@@ -175,7 +179,9 @@ class _Cutter:
         return calls
 
     def _has_skip(self, span: _Span) -> bool:
-        return any(len(self.crossing[i]) > 1 for i in range(span.start + 1, span.stop))
+        """Whether a value by-passes operations inside the range, apart from those that by-pass all of it."""
+        outer = set(self.crossing[span.start]) & set(self.crossing[span.stop])
+        return any(len(set(self.crossing[i]) - outer) > 1 for i in range(span.start + 1, span.stop))
 
     def _why_no_tail(self, segment: _Span) -> str:
         places = range(segment.start + 1, segment.stop)

@@ -13,6 +13,23 @@ from nf_pipeline.core.local_unit import LocalUnit, build_units, unit_ranges
 from nf_pipeline.core.models import build_model
 
 
+class Normalise(nn.Module):
+    """pixels_NCHW (0 to 255) -> x_NCHW float32, as in training.
+
+    Args:
+        mean, std: per channel, of pixels scaled to [0, 1].
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean_C11", 255.0 * torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std_C11", 255.0 * torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns the normalised batch."""
+        return (pixels_NCHW.float() - self.mean_C11) / self.std_C11
+
+
 class ExitModel(nn.Module):
     """pixels_NCHW (uint8 or float, 0 to 255) -> logits_NK.
 
@@ -23,15 +40,13 @@ class ExitModel(nn.Module):
 
     def __init__(self, units: Sequence[LocalUnit], mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        self.normalise = Normalise(mean, std)
         self.layers = nn.Sequential(*(layer for unit in units for layer in unit.layers))
         self.head = units[-1].head
-        self.register_buffer("mean_C11", 255.0 * torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
-        self.register_buffer("std_C11", 255.0 * torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """Returns the logits."""
-        x_NCHW = (pixels_NCHW.float() - self.mean_C11) / self.std_C11
-        return self.head(self.layers(x_NCHW))
+        return self.head(self.layers(self.normalise(pixels_NCHW)))
 
 
 def build_exit_model(

@@ -89,11 +89,11 @@ def choose_exit(
        even a small loss is certain, the tolerance alone does not excuse it.
     Of these the one with the fewest parameters wins; ties go to the shallower.
 
-    Why not simply the best: the highest of many noisy accuracies is too high on average (it was picked for its
-    luck), so it is an optimistic goal, while the parameters of the exit that reached it are certain. The chosen
-    exit's validation accuracy is the result of a choice too; only the test split, used once afterwards, is
-    unbiased. All exits see the same samples: a paired test could tell closer ones apart, but needs each
-    sample's predictions. Without it rule 2 is lenient and errs towards the smaller model, which rule 1 bounds.
+    Why not simply the best: the highest of many noisy accuracies is too high on average (it was picked for
+    its luck), so it is an optimistic goal, while the parameters of the exit that reached it are certain. The
+    chosen exit's validation accuracy is the result of a choice too; only the test split, used once after it,
+    is unbiased. All exits see the same samples: a paired test could tell closer ones apart, but needs each
+    sample's predictions. Without it rule 2 is lenient and errs towards the smaller model; rule 1 bounds that.
 
     Args:
         candidates: all measured on the same validation split.

@@ -199,8 +199,8 @@ def _build_by_factory(name: str, image_shape: tuple[int, int, int], num_classes:
             f"--model {name}: the factory returns {type(model).__name__}, want a torch.nn.Module",
             "return the model itself",
         )
-    _check_outputs(name, model, image_shape, num_classes)
     _check_weights(name, model)
+    _check_outputs(name, model, image_shape, num_classes)
     return model
 
 

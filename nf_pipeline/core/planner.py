@@ -19,9 +19,9 @@ from nf_pipeline.core.models import build_model, suggest_model
 from nf_pipeline.core.partition import Group, budget_for, effective_budget, partition
 from nf_pipeline.core.profiler import (
     Shape,
+    StepProbe,
     count_params,
     forward_flops,
-    predict_block_peak,
     probe_batch_sizes,
     profile_units,
 )
@@ -91,15 +91,19 @@ def make_plan(
 def verified_batch(
     batch_size: int,
     available_bytes: int,
+    bytes_per_sample: int,
     cfg: MemoryConfig,
     peak_at: Callable[[int], int],
 ) -> tuple[int, int]:
-    """Shrinks a batch until its verified peak fits.
+    """Moves a batch from where the fitted lines put it to about the largest whose verified peak fits.
+
+    Lines lie above a convex peak, so most often it grows a little, or stays.
 
     Args:
-        batch_size: what the fitted lines allow.
+        batch_size: what the lines allow.
         available_bytes: the effective budget.
-        cfg: smallest batch.
+        bytes_per_sample: steepest line of the block.
+        cfg: smallest and largest batch.
         peak_at: verified peak bytes by batch size.
 
     Returns:
@@ -110,6 +114,14 @@ def verified_batch(
         proportional = batch_size * available_bytes // peak_bytes
         batch_size = max(cfg.min_batch_size, min(batch_size - 1, proportional))
         peak_bytes = peak_at(batch_size)
+    slope = max(1, bytes_per_sample)
+    while 0 < (growth := min((available_bytes - peak_bytes) // slope, cfg.max_batch_size - batch_size)):
+        larger_peak = peak_at(batch_size + growth)
+        if larger_peak > available_bytes:
+            # Too steep here. Between two points of a convex peak the line that joins them lies above it.
+            slope = max(slope + 1, -((peak_bytes - larger_peak) // growth))
+        else:
+            batch_size, peak_bytes = batch_size + growth, larger_peak
     return batch_size, peak_bytes
 
 
@@ -193,24 +205,24 @@ def _verify(
     group: Group, network: _Network, units: Sequence[UnitProfile], cfg: RunConfig
 ) -> tuple[int, int, str]:
     """Returns batch, peak and reason of a block, with the peak of the whole block's step at that batch."""
-    block_units = network.units[group.start : group.stop]
-    in_shape = network.in_shapes[units[group.start].start]
-    available = effective_budget(cfg.memory.budget_bytes, cfg.memory)
-
-    def peak_at(batch_size: int) -> int:
-        return predict_block_peak(
-            block_units, in_shape, batch_size, train=cfg.train, device=network.device
-        )
-
-    batch_size, peak_bytes = verified_batch(group.batch_size, available, cfg.memory, peak_at)
+    memory = cfg.memory
+    profiles = units[group.start : group.stop]
+    available = effective_budget(memory.budget_bytes, memory)
+    probe = StepProbe(
+        network.units[group.start : group.stop],
+        network.in_shapes[profiles[0].start],
+        train=cfg.train,
+        device=network.device,
+    )
+    slope = max(unit.bytes_per_sample for unit in profiles)
+    batch_size, peak_bytes = verified_batch(group.batch_size, available, slope, memory, probe.peak_bytes)
     if peak_bytes > available:
         name = _unit_names(network)[group.start]
-        budget = cfg.memory.budget_bytes
-        raise PlanError(name, peak_bytes, budget, budget_for(peak_bytes, cfg.memory))
+        raise PlanError(name, peak_bytes, memory.budget_bytes, budget_for(peak_bytes, memory))
     if batch_size == group.batch_size:
         return batch_size, peak_bytes, group.reason
-    shrunk = f"verified at {format_bytes(peak_bytes)}, shrunk from {group.batch_size}"
-    return batch_size, peak_bytes, f"{group.reason}; {shrunk}"
+    moved = f"batch {batch_size} instead of {group.batch_size} after verifying {format_bytes(peak_bytes)}"
+    return batch_size, peak_bytes, f"{group.reason}; {moved}"
 
 
 def _stored_bytes(out_shape: Shape, cfg: RunConfig, split_rows: dict[str, int]) -> int:

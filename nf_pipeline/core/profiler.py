@@ -1,19 +1,21 @@
 """Predicts the device bytes of a training step before anything is trained, and fits them as a line per unit.
 
-On the CPU the worker's own `train_step` runs on fake tensors under torch's `MemTracker`: no memory is taken and the
-count is exact for tensor storages (tests hold it against `LiveBytes` on real training). On a GPU the step really
-runs and the caching allocator is asked, because kernels take workspaces that no fake shows.
+For the CPU the worker's own `train_step` runs on fake tensors under the worker's own meter, `LiveBytes`: no memory is
+taken, and the count is exact for tensor storages. On a GPU the step really runs and the caching allocator is asked,
+because kernels take workspaces that no fake shows.
 
-The true peak is a maximum of lines in the batch size (each moment of the step is one line), hence convex: the fit,
-raised until it lies above every probe, lies above the peak everywhere between the smallest and the largest probe.
+Each moment of the step holds bytes that are linear in the batch size; the peak, their maximum, is convex. So a line
+that lies above the smallest and the largest probe lies above the peak everywhere between them.
 
-Knows nothing of budgets and blocks. Entry functions: `profile_units`, `predict_block_peak`.
+torch's `MemTracker` counts the same bytes; it is the oracle of this module's tests and not used here, because every
+operator costs it a walk over all modules, which makes whole blocks several times slower to verify.
+
+Knows nothing of budgets and blocks. Entry: `profile_units`, and `StepProbe` for a whole block.
 """
 
+import contextlib
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import TypeVar
 
 import torch
@@ -24,11 +26,11 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.core.memory import measure_peak
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.plan import UnitProfile
@@ -39,17 +41,78 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _UNTRACEABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepMemory:
-    """Device bytes of one block's training step.
+class StepProbe:
+    """Copies of a block's units that answer how many bytes a training step takes, momentum included.
+
+    Args:
+        units: on the CPU; left as they are.
+        in_shape: (C, H, W) of one sample at the block's input.
+        train: optimiser and precision.
+        device: "cpu" predicts on fake tensors, "cuda" measures.
 
     Attributes:
-        peak_bytes: by batch size.
-        resident_bytes: weights, buffers and optimiser state: what stays between steps.
+        resident_bytes: weights, buffers, optimiser state and losses: what stays while other units train.
+
+    Raises:
+        ConfigError: the memory cannot be predicted.
     """
 
-    peak_bytes: dict[int, int]
-    resident_bytes: int
+    def __init__(
+        self, units: Sequence[LocalUnit], in_shape: Shape, *, train: TrainConfig, device: torch.device
+    ) -> None:
+        self._in_shape = in_shape
+        self._precision = train.precision
+        self._device = device
+        self._fakes = None if device.type == "cuda" else FakeTensorMode(allow_non_fake_inputs=True)
+        self._meter = measure_peak(device)
+        self._before_bytes = self._meter.current_bytes
+        with self._on_fakes():
+            self._units = [self._copy(unit).train() for unit in units]
+            self._optimizers = [make_optimizer(unit, train, train.lr) for unit in self._units]
+        self._meter.track(*self._units)
+        losses = self._step(2)  # makes the momentum; BatchNorm takes no batch of 1
+        self.resident_bytes = self._meter.current_bytes - self._before_bytes
+        del losses
+
+    def peak_bytes(self, batch_size: int) -> int:
+        """Returns the peak of one training step.
+
+        A step that a GPU cannot hold counts as all of the GPU's memory.
+        """
+        self._meter.reset_peak()
+        try:
+            self._step(batch_size)
+        except torch.OutOfMemoryError:
+            for optimizer in self._optimizers:
+                optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            return torch.cuda.get_device_properties(self._device).total_memory
+        return self._meter.peak_bytes - self._before_bytes
+
+    def _step(self, batch_size: int) -> list[torch.Tensor]:
+        try:
+            with self._on_fakes(), self._meter:
+                # The batch has no name here: `train_step` frees it after the first unit.
+                return train_step(
+                    self._units,
+                    self._optimizers,
+                    torch.zeros(batch_size, *self._in_shape, device=self._device),
+                    torch.zeros(batch_size, dtype=torch.int64, device=self._device),
+                    self._precision,
+                )
+        except _UNTRACEABLE as error:
+            raise ConfigError(
+                f"model: memory cannot be predicted, because an operator needs values and not only shapes: {error}",
+                "remove data-dependent operators (such as nonzero or item) from the model",
+            ) from error
+
+    def _copy(self, unit: LocalUnit) -> LocalUnit:
+        if self._fakes is None:
+            return copy.deepcopy(unit).to(self._device)
+        return _fake_copy(unit, self._fakes)
+
+    def _on_fakes(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._fakes is None else self._fakes
 
 
 def profile_units(
@@ -76,8 +139,8 @@ def profile_units(
     """
     profiles = []
     for unit_idx, (unit, (start, stop), in_shape) in enumerate(zip(units, ranges, in_shapes, strict=True)):
-        memory = step_memory([unit], in_shape, batch_sizes, train=train, device=device)
-        slope, constant = fit_line(memory.peak_bytes)
+        probe = StepProbe([unit], in_shape, train=train, device=device)
+        slope, constant = fit_line({batch_size: probe.peak_bytes(batch_size) for batch_size in batch_sizes})
         profiles.append(
             UnitProfile(
                 unit_idx=unit_idx,
@@ -85,7 +148,7 @@ def profile_units(
                 stop=stop,
                 bytes_per_sample=slope,
                 constant_bytes=constant,
-                resident_bytes=memory.resident_bytes,
+                resident_bytes=probe.resident_bytes,
                 head_params=count_params(unit.head),
                 head_flops=forward_flops([*unit.layers, unit.head], in_shape)[-1],
             )
@@ -96,29 +159,21 @@ def profile_units(
 def predict_block_peak(
     units: Sequence[LocalUnit], in_shape: Shape, batch_size: int, *, train: TrainConfig, device: torch.device
 ) -> int:
-    """Returns the peak bytes of the whole block's training step at one batch size.
-
-    Args:
-        units: all units of the block, on the CPU; left as they are.
-        in_shape: (C, H, W) of one sample at the block's input.
-        batch_size: samples.
-        train: optimiser and precision.
-        device: "cpu" predicts, "cuda" measures.
-
-    Raises:
-        ConfigError: the memory cannot be predicted.
-    """
-    return step_memory(units, in_shape, [batch_size], train=train, device=device).peak_bytes[batch_size]
+    """Returns the peak bytes of a whole block's training step at one batch size, see `StepProbe`."""
+    return StepProbe(units, in_shape, train=train, device=device).peak_bytes(batch_size)
 
 
 def probe_batch_sizes(min_batch_size: int, max_batch_size: int) -> list[int]:
-    """Returns the batch sizes to profile: both ends of what a plan may choose, and two between."""
-    span = max(max_batch_size - min_batch_size, 3)
-    return [min_batch_size, min_batch_size + span // 4, min_batch_size + span // 2, min_batch_size + span]
+    """Returns three batch sizes to profile: both ends of what a plan may choose (2 apart at least) and the middle."""
+    last = max(max_batch_size, min_batch_size + 2)
+    return [min_batch_size, (min_batch_size + last) // 2, last]
 
 
 def fit_line(peak_bytes: dict[int, int]) -> tuple[int, int]:
-    """Fits peak = slope * batch + intercept by least squares, in exact arithmetic.
+    """Fits peak <= slope * batch + intercept: the line through both ends, raised until no point lies above it.
+
+    Of all lines above convex points this is the lowest one, and exact for the smallest batch, which decides whether
+    a budget fits at all. (Least squares, raised alike, lies above it everywhere.)
 
     Args:
         peak_bytes: at least two batch sizes.
@@ -126,37 +181,9 @@ def fit_line(peak_bytes: dict[int, int]) -> tuple[int, int]:
     Returns:
         Slope, at least 0, rounded up, and the smallest intercept with which no point lies above the line.
     """
-    sizes, peaks = list(peak_bytes), list(peak_bytes.values())
-    mean_size, mean_peak = Fraction(sum(sizes), len(sizes)), Fraction(sum(peaks), len(peaks))
-    covariance = sum((size - mean_size) * (peak - mean_peak) for size, peak in zip(sizes, peaks, strict=True))
-    variance = sum((size - mean_size) ** 2 for size in sizes)
-    slope = max(0, -(-covariance // variance))
-    return int(slope), max(peak - int(slope) * size for size, peak in zip(sizes, peaks, strict=True))
-
-
-def step_memory(
-    units: Sequence[LocalUnit],
-    in_shape: Shape,
-    batch_sizes: Sequence[int],
-    *,
-    train: TrainConfig,
-    device: torch.device,
-) -> StepMemory:
-    """Returns the bytes of a block's training step at several batch sizes, momentum included.
-
-    Raises:
-        ConfigError: the memory cannot be predicted.
-    """
-    if device.type == "cuda":
-        return _measure_on_gpu(units, in_shape, batch_sizes, train, device)
-    try:
-        return _predict_on_fakes(units, in_shape, batch_sizes, train)
-    except _UNTRACEABLE as error:
-        raise ConfigError(
-            f"model: the memory of {type(units[0].layers[0]).__name__} and what follows cannot be predicted, "
-            f"because its operators need values and not only shapes: {error}",
-            "remove data-dependent operators (such as nonzero or item) from the model",
-        ) from error
+    first, last = min(peak_bytes), max(peak_bytes)
+    slope = max(0, -((peak_bytes[first] - peak_bytes[last]) // (last - first)))
+    return slope, max(peak - slope * size for size, peak in peak_bytes.items())
 
 
 def forward_flops(modules: Sequence[nn.Module], in_shape: Shape) -> list[int]:
@@ -167,11 +194,11 @@ def forward_flops(modules: Sequence[nn.Module], in_shape: Shape) -> list[int]:
         in_shape: of one sample at the first.
     """
     counts = []
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        value = torch.empty(1, *in_shape)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, torch.no_grad():
+        value = torch.zeros(1, *in_shape)
         for module in modules:
             with FlopCounterMode(display=False) as counter:
-                value = _fake_copy(module, mode).eval()(value)
+                value = _fake_copy(module, fakes).eval()(value)
             counts.append(counter.get_total_flops())
     return counts
 
@@ -181,82 +208,12 @@ def count_params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _predict_on_fakes(
-    units: Sequence[LocalUnit], in_shape: Shape, batch_sizes: Sequence[int], train: TrainConfig
-) -> StepMemory:
-    peaks = {}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        block = _Block([_fake_copy(unit, mode) for unit in units], in_shape, train, torch.device("cpu"))
-        block.step(batch_sizes[0])
-        for batch_size in batch_sizes:
-            # One tracker per step: its peak cannot be reset.
-            tracker = MemTracker()
-            tracker.track_external(*block.units, *block.optimizers)
-            with tracker:
-                block.step(batch_size)
-            peaks[batch_size] = _total_bytes(tracker, "peak")
-            resident_bytes = _total_bytes(tracker, "current")
-    return StepMemory(peak_bytes=peaks, resident_bytes=resident_bytes)
-
-
-def _measure_on_gpu(
-    units: Sequence[LocalUnit],
-    in_shape: Shape,
-    batch_sizes: Sequence[int],
-    train: TrainConfig,
-    device: torch.device,
-) -> StepMemory:
-    before_bytes = torch.cuda.memory_allocated(device)
-    block = _Block([copy.deepcopy(unit).to(device) for unit in units], in_shape, train, device)
-    block.step(batch_sizes[0])
-    resident_bytes = torch.cuda.memory_allocated(device) - before_bytes
-    peaks = {}
-    for batch_size in batch_sizes:
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            block.step(batch_size)
-        except torch.OutOfMemoryError:
-            if len(peaks) < min(2, len(batch_sizes)):
-                raise
-            break  # two points make a line; the plan's own batch is verified again
-        peaks[batch_size] = torch.cuda.max_memory_allocated(device) - before_bytes
-    return StepMemory(peak_bytes=peaks, resident_bytes=resident_bytes)
-
-
-class _Block:
-    """Units with their optimisers, ready to step on zeros."""
-
-    def __init__(
-        self, units: list[LocalUnit], in_shape: Shape, train: TrainConfig, device: torch.device
-    ) -> None:
-        self.units = [unit.train() for unit in units]
-        self.optimizers = [make_optimizer(unit, train, train.lr) for unit in units]
-        self._in_shape = in_shape
-        self._precision = train.precision
-        self._device = device
-
-    def step(self, batch_size: int) -> None:
-        """Trains once; the batch has no name here, as `train_step` asks."""
-        train_step(
-            self.units,
-            self.optimizers,
-            torch.zeros(batch_size, *self._in_shape, device=self._device),
-            torch.zeros(batch_size, dtype=torch.int64, device=self._device),
-            self._precision,
-        )
-
-
-def _fake_copy(module: ModuleT, mode: FakeTensorMode) -> ModuleT:
+def _fake_copy(module: ModuleT, fakes: FakeTensorMode) -> ModuleT:
     """Copies a module with fake parameters and buffers: deepcopy finds them in its memo and copies no data."""
     memo: dict[int, object] = {}
     for buffer in module.buffers():
-        memo[id(buffer)] = mode.from_tensor(buffer)
+        memo[id(buffer)] = fakes.from_tensor(buffer)
     for parameter in module.parameters():
-        fake = mode.from_tensor(parameter.detach())
+        fake = fakes.from_tensor(parameter.detach())
         memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
     return copy.deepcopy(module, memo)
-
-
-def _total_bytes(tracker: MemTracker, kind: str) -> int:
-    snapshot = tracker.get_tracker_snapshot(kind)
-    return sum(by_type["Total"] for by_type in snapshot.values())

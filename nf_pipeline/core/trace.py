@@ -1,7 +1,7 @@
 """Reads a model's forward pass into a graph of its operations (torch.fx), or says why that is impossible.
 
-The graph must stand for the model in training and in evaluation alike: what depends on `self.training` outside
-of an `nn` module, on the data, or on tensors made on the way would be frozen into it, so it is refused.
+The graph must stand for the model in training and in evaluation alike: what depends on the data, on tensors
+made on the way, or on `self.training` outside of an `nn` module would be frozen into it, so it is refused.
 Knows nothing of layers. Entry: `trace_model`.
 """
 
@@ -63,10 +63,8 @@ def operation_name(node: fx.Node) -> str:
 
 
 class _Tracer(fx.Tracer):
+    # Without it, what forward computes from a buffer would be a constant.
     proxy_buffer_attributes = True
-
-    def __init__(self) -> None:
-        super().__init__(param_shapes_constant=True)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         # One variable only: an optional second argument as a variable would hide its default from the model.
@@ -89,14 +87,16 @@ def _trace(model: nn.Module) -> fx.Graph:
 
 def _check_modes_agree(model: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> None:
     nodes, others = list(training.nodes), list(evaluation.nodes)
+    # Both end with the output: the shorter list differs from the other there, if not before.
     pairs = zip(nodes, others, strict=False)
-    different = next((node for node, other in pairs if _key(node) != _key(other)), None)
-    if different is None and len(nodes) == len(others):
+    different = next(((node, other) for node, other in pairs if _key(node) != _key(other)), None)
+    if different is None:
         return
-    node = different if different is not None else nodes[-1]
+    node = different[0] if different[0].op != "output" else different[1]
     raise ConfigError(
-        f"{_describe(model, module_path(node))} cannot be cut: its operations differ between training and "
-        f"evaluation, first at {node.name} (functional dropout, or `if self.training`)",
+        f"{_describe(model, module_path(node))} cannot be cut: its operations differ between training "
+        f"and evaluation, first at {node.name} (functional dropout, `if self.training`, or state that "
+        f"calls change)",
         f"use nn.Dropout and other nn modules, which know the mode, or {BY_HAND}",
     )
 

@@ -130,4 +130,5 @@ def _train_unit(
 def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    # The cache would keep bf16 copies of the whole block's weights: above the training peak in `forward_block`.
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)

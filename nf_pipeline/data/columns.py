@@ -138,9 +138,13 @@ def _encoded(array: pa.Array) -> Iterator[StoredImage]:
 
 def _raw_tensors(array: pa.Array, shape: tuple[int, ...]) -> Iterator[StoredImage]:
     for data in array.to_pylist():
-        yield (
-            Unusable("it is null") if data is None else _pixels(np.frombuffer(data, np.uint8).reshape(shape))
-        )
+        if data is None:
+            yield Unusable("it is null")
+            continue
+        tensor = np.frombuffer(data, np.uint8).reshape(shape)
+        # Such columns are written by this package, channels first: (3, H, 3) is no [H, W, C] there.
+        channels_first = tensor.ndim == 3 and shape[0] in _CHANNELS
+        yield tensor.transpose(1, 2, 0) if channels_first else _pixels(tensor)
 
 
 def _shaped_tensors(array: pa.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Iterator[StoredImage]:

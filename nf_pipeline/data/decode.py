@@ -1,9 +1,9 @@
 """Stored images -> uint8 [C, H, W], in parallel and in order, with a bound on what is in flight.
 
 Pillow in threads: 32x32 JPEGs are limited by Python's lock (10,000 a second whatever the threads), larger
-ones scale with cores, and JPEGs that get resized are decoded at a fraction of their size. torchvision.io decodes
-small JPEGs three times faster, but neither tells their size before it allocates, nor decodes a fraction, and it
-loads torch.
+ones scale with cores, and JPEGs that get resized are decoded at a fraction of their size. torchvision.io is
+three times faster on small JPEGs, but neither tells their size before it allocates, nor decodes a fraction,
+and it loads torch.
 Knows nothing of sources or splits. Entry: `decode_stream`, and `decode_image` for one.
 
 Shapes: N images, C of 1 (grey) or 3 (RGB), H, W.

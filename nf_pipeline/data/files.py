@@ -4,6 +4,7 @@ Knows nothing of what the files contain. S3's endpoint and credentials come from
 Entry: `list_parquet_files`.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from nf_pipeline.data.base import printable
-from nf_pipeline.errors import ConfigError, DataError, StorageError
+from nf_pipeline.errors import DataError, StorageError
+from nf_pipeline.storage.store import open_store
 
 _SUFFIXES = (".parquet", ".pq")
 
@@ -71,9 +73,9 @@ class FileSet:
             yield
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError) as error:
             raise self._unreadable(file, error) from error
-        except _remote_errors(self.remote) as error:
+        except _read_errors(self.remote) as error:
             if self.remote:
-                raise _store_failed(self.uri, error) from error
+                raise _store_failed(self.uri, file, error) from error
             raise self._unreadable(file, error) from error
 
     def _unreadable(self, file: DataFile, error: BaseException) -> DataError:
@@ -125,46 +127,55 @@ def _local_file(path: Path, name: str) -> DataFile:
 
 
 def _list_s3(uri: str) -> FileSet:
-    if "@" in uri.partition("://")[2].partition("/")[0]:
-        raise ConfigError(
-            "data source s3://...@...: credentials do not belong into the URI (not shown)",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment",
-        )
-    filesystem = _open_s3()
-    root = uri.removeprefix("s3://").rstrip("/")
-    try:
-        sizes = {path: entry["size"] for path, entry in filesystem.find(root, detail=True).items()}
-    except _remote_errors(True) as error:
-        raise _store_failed(uri, error) from error
-    files = []
-    for path, num_bytes in sorted(sizes.items()):
-        name = path.removeprefix(root).lstrip("/") or path.rsplit("/", 1)[-1]
-        if is_parquet_name(name) and not _hidden(tuple(name.split("/"))):
-            files.append(DataFile(name=printable(name), path=path, num_bytes=num_bytes))
-    return FileSet(uri, files, filesystem)
+    root = uri.rstrip("/")
+    store = open_store(root)
+    found = store.list("")
+    if not found and is_parquet_name(root):
+        # Not a folder but one object: only its parent can look it up.
+        folder, _, name = root.rpartition("/")
+        num_bytes = open_store(folder).size(name)
+        found = [] if num_bytes is None else [(name, num_bytes)]
+        root = folder
+    files = [
+        DataFile(name=printable(name), path=f"{root.removeprefix('s3://')}/{name}", num_bytes=num_bytes)
+        for name, num_bytes in found
+        if is_parquet_name(name) and not _hidden(tuple(name.split("/")))
+    ]
+    return FileSet(uri, files, _open_s3())
 
 
 def _open_s3() -> Any:
     import s3fs  # slow to import, and needed for s3:// only
 
-    config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 5, "mode": "standard"}}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    config: dict[str, Any] = {
+        "connect_timeout": 10,
+        "read_timeout": 30,
+        "retries": {"mode": "standard", "total_max_attempts": 4},
+    }
+    if endpoint:
+        config["s3"] = {"addressing_style": "path"}  # bucket.host needs DNS that few own servers have
     # Listings are cached by default: files written since by another process would stay unseen.
-    return s3fs.S3FileSystem(config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
+    return s3fs.S3FileSystem(
+        endpoint_url=endpoint, config_kwargs=config, use_listings_cache=False, skip_instance_cache=True
+    )
 
 
-def _remote_errors(remote: bool) -> tuple[type[BaseException], ...]:
+def _read_errors(remote: bool) -> tuple[type[Exception], ...]:
     if not remote:
         return (OSError,)
+    from aiohttp import ClientError as HttpError
     from botocore.exceptions import BotoCoreError, ClientError
 
-    return (OSError, BotoCoreError, ClientError)
+    return OSError, BotoCoreError, ClientError, HttpError
 
 
-def _store_failed(uri: str, error: BaseException) -> StorageError:
+def _store_failed(uri: str, file: DataFile, error: BaseException) -> StorageError:
+    # Only the kind of error: the text of some holds the endpoint as given, which may hold a password.
     return StorageError(
-        f"data cannot be read: {type(error).__name__}: {first_line(error)}",
+        f"{file.name} cannot be read: {type(error).__name__}",
         uri,
-        "check the URI, AWS_ENDPOINT_URL and the AWS_* credentials",
+        "check AWS_ENDPOINT_URL, the AWS_* credentials and that the object is still there, then resume",
     )
 
 

@@ -232,9 +232,10 @@ def _check_written(job: _Job, written: _Written) -> None:
             )
     missing = np.flatnonzero(written.class_rows["train"] == 0)
     if len(missing):
+        name = job.labels.class_names[missing[0]]
         raise DataError(
-            f"{job.source.name}: class {missing[0]} ({job.labels.class_names[missing[0]]!r}) has no image left "
-            f"in split train: {job.skipped.summary()}",
+            f"{job.source.name}: class {missing[0]} ({name!r}) has no image left in "
+            f"split train: {job.skipped.summary()}",
             "replace the damaged images",
         )
 

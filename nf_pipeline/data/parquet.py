@@ -24,7 +24,8 @@ from nf_pipeline.data.split_names import split_of
 from nf_pipeline.errors import DataError
 
 _BATCH_BYTES = 4 * 2**20
-_BATCH_ROWS = 1024
+# Sizes in the footer are of encoded pages: with a dictionary, rows can be far larger than they tell.
+_BATCH_ROWS = 64
 _BUFFER_BYTES = 2**20
 _REMOTE_OPEN_BYTES = 128 * 2**20
 

@@ -28,6 +28,7 @@ MIN_PYTHON = (3, 11)
 LOW_DISK_BYTES = 5 * 2**30
 NO_DISK_BYTES = 2**28
 CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+_GREETING_STAGE = "nf_pipeline.driver.doctor:greet"
 _PROBE = b"nf-pipeline doctor\n" * 64
 
 
@@ -106,6 +107,9 @@ def check_gpu(*, has_torch: bool = True) -> list[Check]:
         return [Check(name="gpu", state="ok", detail=detail)]
     try:
         return list(_driver_checks(pynvml, has_torch=has_torch))
+    except pynvml.NVMLError as error:
+        fix = "run nvidia-smi; reload the driver or restart the machine"
+        return [Check(name="driver", state="fail", detail=f"the NVIDIA driver fails: {error}", fix=fix)]
     finally:
         pynvml.nvmlShutdown()
 
@@ -151,13 +155,18 @@ def check_ray_task() -> Check:
 
     try:
         with open_executor(ClusterConfig()) as executor:
-            events = list(executor.run("doctor", _greet, None, Resources(num_cpus=1, device="cpu")))
+            events = list(executor.run("doctor", _GREETING_STAGE, None, Resources(num_cpus=1, device="cpu")))
     except (NFError, ImportError, OSError) as error:
         detail = str(error).splitlines()[0]
         return Check(
             name="ray: task", state="fail", detail=detail, fix="use --executor inline, or see Ray's logs"
         )
     return Check(name="ray: task", state="ok", detail=f"ran on a local Ray, {len(events)} event came back")
+
+
+def greet(_task: None) -> Iterator[Event]:
+    """The smallest stage: says hello from wherever it runs."""
+    yield Note(stage="doctor", text="hello")
 
 
 def check_store(uri: str) -> list[Check]:
@@ -175,10 +184,10 @@ def check_store(uri: str) -> list[Check]:
 
 def check_disk(uri: str) -> list[Check]:
     """Checks the free space of a store in a local folder; an object store has no such limit."""
-    if uri.startswith("s3:"):
+    if "://" in uri and not uri.startswith("file://"):
         return []
     folder = Path(uri.removeprefix("file://")).expanduser().absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     free = shutil.disk_usage(existing).free
     detail = f"{format_bytes(free)} free at {existing}"
     if free >= LOW_DISK_BYTES:
@@ -241,10 +250,6 @@ def _check_cuda(num_gpus: int) -> Check:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value  # older nvidia-ml-py returns bytes
-
-
-def _greet(_task: None) -> Iterator[Event]:
-    yield Note(stage="doctor", text="hello")
 
 
 def _probe(store: Store, key: str) -> Iterator[Check]:

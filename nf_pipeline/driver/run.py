@@ -10,7 +10,7 @@ from typing import Any
 
 from nf_pipeline.config import FORMAT_VERSION, ClusterConfig, RunConfig
 from nf_pipeline.driver.event_log import EventLog, Listener
-from nf_pipeline.driver.run_record import load_run, open_run, read_json
+from nf_pipeline.driver.run_record import load_run, open_run, plan_of, read_json
 from nf_pipeline.driver.stage_runner import StageRunner
 from nf_pipeline.driver.summary import make_summary
 from nf_pipeline.errors import ObjectCorrupt
@@ -126,13 +126,13 @@ class _Run:
             self.store.put(self.layout.plan_json, json.dumps(document, indent=2).encode())
         else:
             self.log.add(StageSkipped(stage="plan", note="finished before"))
-        if document.pop("fingerprint", None) != fingerprint or document.pop("format_version", None) != FORMAT_VERSION:
+        if (document.get("fingerprint"), document.get("format_version")) != (fingerprint, FORMAT_VERSION):
             raise ObjectCorrupt(
                 f"{self.layout.plan_json} was made for another configuration or input",
                 self.store.uri,
                 f"delete {self.layout.plan_json} and resume: it is planned anew",
             )
-        return Plan.from_json(document)
+        return plan_of(document, self.store.uri)
 
     def block(self, plan: Plan, block_idx: int, stage_input: StageManifest) -> StageManifest:
         """Trains one block, or takes the finished one."""

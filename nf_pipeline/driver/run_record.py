@@ -7,6 +7,7 @@ from typing import Any
 
 from nf_pipeline.config import FORMAT_VERSION, ClusterConfig, RunConfig, validate_config
 from nf_pipeline.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, RunConflict
+from nf_pipeline.plan import Plan
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import Store, open_store
@@ -64,6 +65,32 @@ def load_run(uri: str, cluster: ClusterConfig | None = None) -> RunConfig:
     if cluster is not None:
         document["cluster"] = cluster.model_dump()
     return validate_config(document)
+
+
+def load_plan(store: Store, layout: RunLayout) -> Plan:
+    """Reads a run's plan.
+
+    Raises:
+        ObjectMissing: the run has not been planned.
+        ObjectCorrupt: plan.json cannot be read.
+    """
+    document = read_json(store, layout.plan_json)
+    if document is None:
+        raise ObjectMissing(f"{layout.plan_json} is not there", store.uri, "resume the run: it is planned then")
+    return plan_of(document, store.uri)
+
+
+def plan_of(document: dict[str, Any], store_uri: str) -> Plan:
+    """Takes the plan out of plan.json, which adds a version and the fingerprint of what it was made for.
+
+    Raises:
+        ObjectCorrupt: fields are missing or of another kind.
+    """
+    planned = {key: value for key, value in document.items() if key not in ("format_version", "fingerprint")}
+    try:
+        return Plan.from_json(planned)
+    except (KeyError, TypeError) as error:
+        raise ObjectCorrupt(f"plan.json is damaged: {error}", store_uri, "delete it and resume") from None
 
 
 def read_json(store: Store, key: str) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nf_pipeline.driver.run_record import read_json
+from nf_pipeline.driver.run_record import load_plan, read_json
 from nf_pipeline.driver.stages import commit_key, stage_names
 from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
 from nf_pipeline.plan import Plan
@@ -108,15 +108,10 @@ def _open_run(uri: str) -> tuple[Store, RunLayout]:
 
 
 def _read_plan(store: Store, layout: RunLayout) -> Plan | None:
-    document = read_json(store, layout.plan_json)
-    if document is None:
-        return None
-    fields = {name: value for name, value in document.items() if name in Plan.__dataclass_fields__}
     try:
-        return Plan.from_json(fields)
-    except (KeyError, TypeError, AttributeError) as error:
-        fix = "delete it and resume the run: it is made again"
-        raise ObjectCorrupt(f"{layout.plan_json} is no plan: {error}", store.uri, fix) from None
+        return load_plan(store, layout)
+    except ObjectMissing:
+        return None
 
 
 def _read_events(store: Store, layout: RunLayout) -> list[dict[str, Any]]:
@@ -141,7 +136,7 @@ def _fold(names: list[str], events: Iterable[dict[str, Any]], now_s: float) -> l
         if status is None:
             continue
         status.state = _STATE_AFTER.get(event["event"], status.state)
-        status.updated_s = max(0.0, now_s - event["time_s"])
+        status.updated_s = round(max(0.0, now_s - event["time_s"]), 1)
         _take(status, event)
     return list(statuses.values())
 
@@ -159,4 +154,4 @@ def _take(status: StageStatus, event: dict[str, Any]) -> None:
     elif event["event"] == "StageFailed":
         status.error = f"{event['error']}: {event['text']}"
     elif event["event"] == "StageDone":
-        status.seconds = event["seconds"]
+        status.seconds = round(event["seconds"], 3)

@@ -7,7 +7,6 @@ resources; `nf_pipeline.retry` decides instead.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,11 +50,11 @@ class RayExecutor:
         self._owns_ray = not ray.is_initialized()
         if not self._owns_ray:
             return
-        # A local Ray otherwise joins whatever a file in the temporary folder points at; token
-        # authentication is Ray's default for local clusters since 2.59, asked for here on purpose.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         try:
             if cluster.address is None:
+                # "local": a bare init joins whatever a file in the temporary folder points at. Token
+                # authentication is left as the environment says; Ray reads RAY_AUTH_MODE when it is imported
+                # and since 2.59 turns it on for local clusters by itself.
                 ray.init(
                     address="local",
                     include_dashboard=False,

@@ -108,6 +108,7 @@ class ShardReader:
         step = self._window_shards
         windows = [chosen[start : start + step] for start in range(0, len(chosen), step)]
         pool = ThreadPoolExecutor(self._prefetch_threads, thread_name_prefix="shard-reader")
+        hangs = False
         try:
             rows_left = self.num_batches(drop_last) * self._batch_size
             filler = _BatchFiller(self._spec.nbytes, self._batch_size, min(rows_left, self.num_rows))
@@ -117,32 +118,33 @@ class ShardReader:
                 window.clear()  # the last reference to these shards: the window after the next comes now
                 if filler.is_done:
                     break
+        except TimeoutError as error:
+            hangs = True
+            fix = "check the store and the network, then resume"
+            raise StorageError(str(error), self._store.uri, fix) from None
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=not hangs, cancel_futures=True)
 
     def _fetched(
         self, pool: ThreadPoolExecutor, windows: Sequence[Sequence[ShardInfo]], timeout_s: float
     ) -> Iterator[list[Shard]]:
         pending = self._fetch(pool, windows[0]) if windows else []
         for following in [*windows[1:], ()]:
-            window = self._wait(pool, pending, timeout_s)
+            window = self._wait(pending, timeout_s)
             pending = self._fetch(pool, following)
             yield window
 
     def _fetch(self, pool: ThreadPoolExecutor, window: Sequence[ShardInfo]) -> list[Future[Shard]]:
         return [pool.submit(read_shard, self._store, shard, self._spec) for shard in window]
 
-    def _wait(self, pool: ThreadPoolExecutor, pending: list[Future[Shard]], timeout_s: float) -> list[Shard]:
+    def _wait(self, pending: list[Future[Shard]], timeout_s: float) -> list[Shard]:
         start = time.perf_counter()
         _, late = wait_for(pending, timeout=timeout_s, return_when="FIRST_EXCEPTION")
         self.wait_s += time.perf_counter() - start
         failed = [fetch for fetch in pending if fetch.done() and fetch.exception() is not None]
         if late and not failed:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise StorageError(
-                f"{len(late)} of {len(pending)} shards did not arrive within {timeout_s:.0f} s",
-                self._store.uri,
-                "check the store and the network, then resume",
+            raise TimeoutError(
+                f"{len(late)} of {len(pending)} shards did not arrive within {timeout_s:.0f} s"
             )
         return [fetch.result() for fetch in failed or pending]
 

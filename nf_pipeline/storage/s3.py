@@ -230,6 +230,8 @@ def _connect(uri: str) -> Any:
     import s3fs
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    if endpoint and _USER_INFO.search(endpoint):
+        raise ConfigError(f"store {uri}: AWS_ENDPOINT_URL holds credentials (not shown)", "remove them there")
     config = {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "read_timeout": READ_TIMEOUT_S,

@@ -124,8 +124,8 @@ class ShardWriter:
     Rows are copied once into the buffer of the open shard; full buffers are encoded, hashed and put by
     `upload_threads` threads, then used again (fresh memory of this size costs a page fault per page).
 
-    Invariants: at most `upload_threads` + 1 buffers of `shard_bytes` and as many encoded shards exist. After
-    an exception inside the `with` block nothing more is put.
+    Invariants: at most `upload_threads` + 1 buffers of `shard_bytes` and as many encoded shards exist (S3
+    takes one more copy of those under way). After an exception inside the `with` block nothing more is put.
 
     Args:
         store: where the shards go.
@@ -156,7 +156,10 @@ class ShardWriter:
         self._unmade_buffers = upload_threads + 1
         self._open: _ShardBuffer | None = None
         self._uploads: list[Future[ShardInfo]] = []
+        self._unseen: list[Future[ShardInfo]] = []  # a few: looked at with every append
         self._infos: list[ShardInfo] | None = None
+        self._has_ended = False
+        self._hangs = False
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -201,27 +204,33 @@ class ShardWriter:
         if self._infos is None:
             if self._open is not None:
                 self._upload_open()
+            self._has_ended = True
             self._infos = [self._finished(upload) for upload in self._uploads]
             self._pool.shutdown()
         return self._infos
 
     def cancel(self) -> None:
         """Drops everything that is not being uploaded at this moment, and waits for that."""
+        self._has_ended = True
         self._open = None
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=not self._hangs, cancel_futures=True)
 
     def _check(self, tensors: np.ndarray, labels: np.ndarray, sample_ids: np.ndarray) -> None:
-        if self._infos is not None:
-            raise InternalError("append after close")
+        if self._has_ended:
+            raise InternalError("append after the writer was closed or cancelled")
         want = (len(tensors), self._spec.nbytes)
         if tensors.dtype != np.uint8 or tensors.shape != want:
             raise InternalError(f"tensors: got {tensors.dtype} {tensors.shape}, want uint8 {want}")
         for name, column in (("labels", labels), ("sample_ids", sample_ids)):
             if column.dtype != np.int64 or column.shape != want[:1]:
                 raise InternalError(f"{name}: got {column.dtype} {column.shape}, want int64 {want[:1]}")
-        for upload in self._uploads:
-            if upload.done():
-                self._finished(upload)
+        self._raise_failed()
+
+    def _raise_failed(self) -> None:
+        ended = [upload for upload in self._unseen if upload.done()]
+        self._unseen = [upload for upload in self._unseen if upload not in ended]
+        for upload in ended:
+            self._finished(upload)
 
     def _take_buffer(self) -> "_ShardBuffer":
         if self._unmade_buffers:
@@ -231,15 +240,15 @@ class ShardWriter:
             buffer = self._spare.get(timeout=self._timeout_s)
         except queue.Empty:
             raise self._hung() from None
-        for upload in self._uploads:
-            if upload.done():
-                self._finished(upload)
+        self._raise_failed()
         return buffer
 
     def _upload_open(self) -> None:
         buffer, self._open = self._open, None
         key = self._make_key(len(self._uploads))
-        self._uploads.append(self._pool.submit(self._upload, key, buffer))
+        upload = self._pool.submit(self._upload, key, buffer)
+        self._uploads.append(upload)
+        self._unseen.append(upload)
 
     def _upload(self, key: str, buffer: "_ShardBuffer") -> ShardInfo:
         try:
@@ -253,6 +262,8 @@ class ShardWriter:
             self._spare.put(buffer)
 
     def _finished(self, upload: Future[ShardInfo]) -> ShardInfo:
+        if upload.cancelled():
+            raise InternalError("the writer was cancelled")
         try:
             error = upload.exception(timeout=self._timeout_s)
         except TimeoutError:
@@ -263,12 +274,10 @@ class ShardWriter:
         return upload.result()
 
     def _hung(self) -> StorageError:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        return StorageError(
-            f"no shard was uploaded for {self._timeout_s:.0f} s",
-            self._store.uri,
-            "check the store, then resume",
-        )
+        self._hangs = True
+        self.cancel()
+        what = f"no shard was uploaded for {self._timeout_s:.0f} s"
+        return StorageError(what, self._store.uri, "check the store, then resume")
 
 
 class _ShardBuffer:

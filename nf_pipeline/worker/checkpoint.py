@@ -106,7 +106,9 @@ def find_checkpoint(
         except (ValueError, TypeError, ObjectMissing) as error:
             logger.warning("checkpoint record %s is unusable: %s", key, error)
             continue
-        if record.fingerprint == fingerprint and (newest is None or record.epoch > newest.epoch):
+        newer = newest is None or record.epoch > newest.epoch
+        # A finished attempt leaves its record behind, not its tensors.
+        if newer and record.fingerprint == fingerprint and store.size(record.key) is not None:
             newest = record
     return newest
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from nf_pipeline.core.exit_model import Normalise
 from nf_pipeline.core.memory import PeakMeter
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.reader import Batch, ShardReader
@@ -55,12 +56,12 @@ class Feed:
         reader: ShardReader,
         spec: TensorSpec,
         device: torch.device,
-        normalisation: tuple[torch.Tensor, torch.Tensor] | None,
+        normalise: Normalise | None,
     ) -> None:
         self._reader = reader
         self._spec = spec
         self._device = device
-        self._normalisation = normalisation
+        self._normalise = normalise
 
     @property
     def num_rows(self) -> int:
@@ -90,12 +91,10 @@ class Feed:
         stored = stored.view(len(batch.labels), *self._spec.shape)
         if self._device.type == "cuda":
             stored = stored.pin_memory().to(self._device, non_blocking=True)
+        if self._normalise is not None:
+            return self._normalise(stored)
         # copy: float32 shards would otherwise hand out the loader's own buffer.
-        x_NCHW = stored.to(dtype=torch.float32, copy=True)
-        if self._normalisation is not None:
-            mean_C11, std_C11 = self._normalisation
-            x_NCHW.sub_(mean_C11).div_(std_C11)
-        return x_NCHW
+        return stored.to(dtype=torch.float32, copy=True)
 
 
 def open_feed(
@@ -103,11 +102,7 @@ def open_feed(
 ) -> Feed:
     """Opens one split of an ingest or block manifest for reading."""
     reader = ShardReader(store, manifest.shards[split], manifest.spec, batch_size=batch_size)
-    normalisation = None
-    if "mean" in manifest.facts:
-        # Stored as statistics of pixels scaled to [0, 1].
-        normalisation = tuple(
-            (255.0 * torch.tensor(manifest.facts[name], dtype=torch.float32)).view(-1, 1, 1).to(device)
-            for name in ("mean", "std")
-        )
-    return Feed(reader, manifest.spec, device, normalisation)
+    # Only images carry statistics; activations are stored as the layers made them.
+    facts = manifest.facts
+    normalise = Normalise(facts["mean"], facts["std"]).to(device) if "mean" in facts else None
+    return Feed(reader, manifest.spec, device, normalise)

@@ -72,7 +72,7 @@ def test_plain_progress_is_one_line_per_epoch_and_message() -> None:
     stream = io.StringIO()
     show(PlainProgress(stream), run_of_one_block())
     assert stream.getvalue().splitlines() == [
-        "ingest | done before: verified",
+        "ingest | skipped: verified",
         "block 1 | started on host:1",
         "block 1 | warning: batch 32 -> 24",
         "block 1 | epoch 1/1 | loss 0.500 | val 75.0 % | img/s 100 | peak 1.0 MiB | ETA 0s",

@@ -146,11 +146,20 @@ def test_writing_after_training_shows_its_own_progress() -> None:
     assert view.fraction("block-000") == pytest.approx(0.25)
 
 
+def test_finished_block_shows_its_training_and_the_time_it_took() -> None:
+    write = Progress(stage="block-000", time_s=2.0, phase="write", done=10, total=40)
+    done = StageDone(stage="block-000", time_s=3.0, result={}, seconds=70.0)
+    view = follow(started("block-000", 0.0), epoch_done("block-000", 1.0, 2, num_epochs=2), write, done)
+    assert view.line("block-000").startswith("block 1 | epoch 2/2 | loss 0.412 | val 61.3 %")
+    assert view.line("block-000").endswith("| took 1m")
+    assert view.fraction("block-000") == 1.0
+
+
 @pytest.mark.parametrize(
     ("event", "line"),
     [
         (started("block-000", 0.0, 3), "block 1 | started on host:1, 3 epochs taken over from a checkpoint"),
-        (StageSkipped(stage="ingest", note="verified"), "ingest | done before: verified"),
+        (StageSkipped(stage="ingest", note="verified"), "ingest | skipped: verified"),
         (
             StageFailed(stage="block-000", attempt="ab", error="Diverged", text="NaN\nFix: less"),
             "block 1 | failed: Diverged: NaN",

@@ -1,9 +1,12 @@
 """Plans of real models: complete, within the budget, and true."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core.layers import cut
@@ -130,18 +133,55 @@ def test_a_model_that_suits_the_images_is_picked_and_named() -> None:
     assert plan.model == "convnet"
 
 
-def test_a_batch_is_kept_when_its_verified_peak_fits() -> None:
-    cfg = make_cfg("convnet", "1MiB").memory
-    assert verified_batch(40, 1000, cfg, lambda batch_size: 20 * batch_size) == (40, 800)
+def verify(batch_size: int, available: int, slope: int, peak_at: Callable[[int], int]) -> tuple[int, int]:
+    return verified_batch(batch_size, available, slope, make_cfg("convnet", "1MiB").memory, peak_at)
+
+
+def test_a_batch_is_kept_when_its_line_is_exact() -> None:
+    calls = []
+
+    def peak_at(batch_size: int) -> int:
+        calls.append(batch_size)
+        return 20 * batch_size
+
+    assert verify(50, 1000, 20, peak_at) == (50, 1000)
+    assert calls == [50]
 
 
 def test_a_batch_shrinks_until_its_verified_peak_fits() -> None:
-    cfg = make_cfg("convnet", "1MiB").memory
-    batch_size, peak_bytes = verified_batch(40, 1000, cfg, lambda batch_size: 500 + 20 * batch_size)
-    assert peak_bytes == 500 + 20 * batch_size <= 1000
-    assert batch_size >= 20
+    assert verify(40, 1000, 20, lambda batch_size: 500 + 20 * batch_size) == (25, 1000)
+
+
+def test_a_batch_grows_into_the_room_that_the_line_left_and_never_beyond_the_cap() -> None:
+    assert verify(10, 1000, 20, lambda batch_size: 20 * batch_size) == (50, 1000)
+    assert verify(10, 10**6, 20, lambda batch_size: 20 * batch_size) == (128, 2560)
+
+
+def test_growth_over_a_kink_stops_below_the_budget() -> None:
+    def peak_at(batch_size: int) -> int:
+        return max(500 + 5 * batch_size, 20 * batch_size)
+
+    batch_size, peak_bytes = verify(20, 1000, 10, peak_at)
+    assert peak_bytes == peak_at(batch_size) <= 1000
+    assert batch_size >= 45  # 50 is the largest
 
 
 def test_shrinking_ends_at_the_smallest_batch() -> None:
-    cfg = make_cfg("convnet", "1MiB").memory
-    assert verified_batch(40, 1000, cfg, lambda _: 5000) == (2, 5000)
+    assert verify(40, 1000, 20, lambda _: 5000) == (2, 5000)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 900)), min_size=1, max_size=4),
+    st.integers(2, 128),
+    st.integers(0, 50),
+)
+def test_the_verified_peak_fits_wherever_the_search_starts(
+    lines: list[tuple[int, int]], start: int, slope: int
+) -> None:
+    def peak_at(batch_size: int) -> int:
+        return max(a * batch_size + c for a, c in lines)
+
+    batch_size, peak_bytes = verify(start, 1000, slope, peak_at)
+    assert peak_bytes == peak_at(batch_size)
+    assert 2 <= batch_size <= 128
+    assert peak_bytes <= 1000 or batch_size == 2

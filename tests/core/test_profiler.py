@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.layers import cut
@@ -18,13 +20,13 @@ from nf_pipeline.core.models import build_model
 from nf_pipeline.core.partition import block_peak_bytes
 from nf_pipeline.core.profiler import (
     Shape,
+    StepProbe,
     count_params,
     fit_line,
     forward_flops,
     predict_block_peak,
     probe_batch_sizes,
     profile_units,
-    step_memory,
 )
 from nf_pipeline.core.train_step import forward_block, make_optimizer, train_step
 from nf_pipeline.errors import ConfigError
@@ -98,8 +100,8 @@ def test_predicted_peaks_equal_those_of_real_training(
 ) -> None:
     cfg = TrainConfig(precision=precision)
     network = make_network(name, unit_layers, image_size)
-    blocks = [slice(idx, idx + 1) for idx in range(len(network.units))] + [slice(0, 2), slice(0, None)]
-    for block in blocks:
+    middle = len(network.units) // 2
+    for block in [slice(0, 1), slice(middle, middle + 1), slice(middle, middle + 2), slice(0, None)]:
         units, in_shape = network.units[block], network.in_shapes[block.start]
         predicted = predict_block_peak(units, in_shape, batch_size, train=cfg, device=CPU)
         measured = measure(units, in_shape, batch_size, cfg)
@@ -107,19 +109,49 @@ def test_predicted_peaks_equal_those_of_real_training(
         assert measured.eval_peak <= measured.train_peak, block
 
 
-def test_resident_bytes_are_weights_buffers_and_momentum() -> None:
-    network = make_network("convnet", 3, 16)
-    cfg = TrainConfig()
-    memory = step_memory(network.units[:1], (3, 16, 16), [4, 8], train=cfg, device=CPU)
-    unit = network.units[0]
-    weights = sum(parameter.nbytes for parameter in unit.parameters())
-    assert memory.resident_bytes == 2 * weights + sum(buffer.nbytes for buffer in unit.buffers())
-    assert memory.resident_bytes == measure([unit], (3, 16, 16), 4, cfg).resident
+def memtracker_peak(units: Sequence[LocalUnit], in_shape: Shape, batch_size: int, cfg: TrainConfig) -> int:
+    """The second step's peak as torch's own tracker counts it, on fake tensors."""
+    units = [copy.deepcopy(unit).to("meta").train() for unit in units]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        units = [unit.to_empty(device="cpu") for unit in units]
+        optimizers = [make_optimizer(unit, cfg, 0.01) for unit in units]
+        tracker = MemTracker()
+        tracker.track_external(*units, *optimizers)
+        with tracker:
+            for _ in range(2):
+                y_N = torch.zeros(batch_size, dtype=torch.int64)
+                train_step(units, optimizers, torch.zeros(batch_size, *in_shape), y_N, cfg.precision)
+                tracker.reset_mod_stats()
+    return tracker.get_tracker_snapshot("peak")[CPU]["Total"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "unit_layers"), [("convnet", 1), ("vgg11_bn", 3), ("resnet18", 1)])
-def test_fitted_lines_lie_above_every_batch_and_close_to_it(
+@pytest.mark.parametrize(("name", "unit_layers"), [("convnet", 1), ("vgg11_bn", 3), ("resnet18", 3)])
+def test_predictions_equal_those_of_torchs_memtracker(name: str, unit_layers: int, precision: str) -> None:
+    cfg = TrainConfig(precision=precision)
+    network = make_network(name, unit_layers)
+    for block in [slice(0, 1), slice(1, 3), slice(2, 3)]:
+        units, in_shape = network.units[block], network.in_shapes[block.start]
+        predicted = predict_block_peak(units, in_shape, 16, train=cfg, device=CPU)
+        assert predicted == memtracker_peak(units, in_shape, 16, cfg), block
+
+
+def test_resident_bytes_are_weights_buffers_and_momentum() -> None:
+    network = make_network("convnet", 3, 16)
+    cfg = TrainConfig()
+    unit = network.units[0]
+    resident_bytes = StepProbe([unit], (3, 16, 16), train=cfg, device=CPU).resident_bytes
+    weights = sum(parameter.nbytes for parameter in unit.parameters())
+    loss_bytes = 4
+    assert resident_bytes == 2 * weights + sum(buffer.nbytes for buffer in unit.buffers()) + loss_bytes
+    assert resident_bytes == measure([unit], (3, 16, 16), 4, cfg).resident + loss_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "unit_layers", "precision"),
+    [("convnet", 1, "bf16"), ("vgg11_bn", 3, "fp32"), ("vgg11_bn", 3, "bf16"), ("resnet18", 3, "fp32")],
+)
+def test_fitted_lines_lie_above_every_batch_and_touch_both_ends(
     name: str, unit_layers: int, precision: str
 ) -> None:
     cfg = TrainConfig(precision=precision)
@@ -134,9 +166,11 @@ def test_fitted_lines_lie_above_every_batch_and_close_to_it(
     )
     assert [(profile.start, profile.stop) for profile in profiles] == network.ranges
     for profile, unit, in_shape in zip(profiles, network.units, network.in_shapes, strict=True):
-        exact = step_memory([unit], in_shape, [3, 17, 50, 100, 128], train=cfg, device=CPU).peak_bytes
-        for batch_size, peak_bytes in exact.items():
-            assert peak_bytes <= profile.peak_bytes(batch_size) <= 1.05 * peak_bytes
+        probe = StepProbe([unit], in_shape, train=cfg, device=CPU)
+        gaps = {size: profile.peak_bytes(size) - probe.peak_bytes(size) for size in (2, 9, 40, 128)}
+        assert gaps[2] == 0
+        assert 0 <= gaps[128] < 126  # the slope is rounded up
+        assert min(gaps.values()) == 0
 
 
 def test_a_block_takes_at_most_the_bytes_added_up_from_its_units() -> None:
@@ -149,38 +183,67 @@ def test_a_block_takes_at_most_the_bytes_added_up_from_its_units() -> None:
         exact = predict_block_peak(
             network.units[start:stop], network.in_shapes[start], 24, train=cfg, device=CPU
         )
-        assert exact <= block_peak_bytes(profiles[start:stop], 24) <= 1.05 * exact
+        assert exact <= block_peak_bytes(profiles[start:stop], 24) <= 1.1 * exact
 
 
-def test_profiling_leaves_the_units_as_they_are_and_allocates_no_activation() -> None:
+def test_profiling_leaves_the_units_as_they_are() -> None:
     network = make_network("convnet", 3, 16)
     unit = network.units[0]
     before = {name: tensor.clone() for name, tensor in unit.state_dict().items()}
-    with LiveBytes(CPU) as meter:
-        predict_block_peak([unit], (3, 16, 16), 1024, train=TrainConfig(), device=CPU)
+    predict_block_peak([unit], (3, 16, 16), 64, train=TrainConfig(), device=CPU)
     assert unit.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in unit.state_dict().items())
     assert all(parameter.grad is None for parameter in unit.parameters())
-    assert meter.peak_bytes < 2**20  # the batch alone would be 3 MiB
 
 
-def test_probes_span_the_batches_that_a_plan_may_choose() -> None:
-    assert probe_batch_sizes(2, 128) == [2, 33, 65, 128]
-    assert probe_batch_sizes(2, 2) == [2, 2, 3, 5] or len(set(probe_batch_sizes(2, 2))) >= 3
-    assert probe_batch_sizes(4, 8)[0] == 4
-    assert probe_batch_sizes(4, 8)[-1] == 8
+def test_profiling_takes_none_of_the_memory_it_predicts() -> None:
+    network = make_network("convnet", 3, 16)
+    predicted = predict_block_peak(network.units, (3, 16, 16), 10**8, train=TrainConfig(), device=CPU)
+    assert predicted > 10 * 2**40
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "expected"), [(2, 128, [2, 65, 128]), (2, 2, [2, 3, 4]), (4, 8, [4, 6, 8])]
+)
+def test_probes_span_the_batches_that_a_plan_may_choose(
+    smallest: int, largest: int, expected: list[int]
+) -> None:
+    assert probe_batch_sizes(smallest, largest) == expected
 
 
 def test_an_exact_line_is_found_exactly() -> None:
-    assert fit_line({2: 1007, 5: 1016, 100: 1301}) == (3, 1001)
+    assert fit_line({5: 1016, 2: 1007, 100: 1301}) == (3, 1001)
 
 
-@given(st.dictionaries(st.integers(1, 500), st.integers(0, 10**10), min_size=2, max_size=5))
+def test_a_fit_is_raised_above_a_probe_that_a_kernel_made_larger() -> None:
+    assert fit_line({2: 100, 3: 150, 4: 120}) == (10, 120)
+
+
+points = st.dictionaries(st.integers(1, 500), st.integers(0, 10**10), min_size=2, max_size=5)
+
+
+@given(points)
 def test_no_point_lies_above_its_fit_and_one_lies_on_it(peak_bytes: dict[int, int]) -> None:
     slope, intercept = fit_line(peak_bytes)
-    gaps = [slope * size + intercept - peak for size, peak in peak_bytes.items()]
     assert slope >= 0
-    assert min(gaps) == 0
+    assert min(slope * size + intercept - peak for size, peak in peak_bytes.items()) == 0
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5000)), min_size=1, max_size=5),
+    st.integers(2, 5),
+    st.integers(3, 60),
+)
+def test_the_fit_of_a_maximum_of_lines_is_exact_at_the_smallest_batch_and_never_below(
+    lines: list[tuple[int, int]], smallest: int, span: int
+) -> None:
+    def peak_at(size: int) -> int:
+        return max(slope * size + constant for slope, constant in lines)
+
+    probes = probe_batch_sizes(smallest, smallest + span)
+    slope, intercept = fit_line({size: peak_at(size) for size in probes})
+    assert slope * smallest + intercept == peak_at(smallest)
+    assert all(slope * size + intercept >= peak_at(size) for size in range(smallest, smallest + span + 1))
 
 
 def test_flops_of_a_convolution_and_a_linear_layer_are_twice_their_multiply_adds() -> None:

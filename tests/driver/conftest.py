@@ -9,7 +9,7 @@ import pytest
 from nf_pipeline.config import RunConfig, resolve_config
 
 DIGITS = {
-    "memory.budget_bytes": "2MiB",
+    "memory.budget_bytes": "4MiB",
     "data.max_train_images": 400,
     "train.epochs": 2,
     "train.unit_layers": 2,

@@ -20,6 +20,7 @@ from nf_pipeline.driver.doctor import (
     run_checks,
     usable_cpus,
 )
+from nf_pipeline.storage.store import open_store
 
 
 def states(checks: list[Check]) -> dict[str, str]:
@@ -57,6 +58,22 @@ def test_store_check_of_an_impossible_uri_fails_with_a_fix(uri: str) -> None:
     assert check.fix
 
 
+@pytest.mark.s3
+@pytest.mark.parametrize("fixture", ["minio_uri", "moto_uri"])
+def test_store_check_passes_on_a_real_s3_server(fixture: str, request: pytest.FixtureRequest) -> None:
+    uri = request.getfixturevalue(fixture)
+    checks = check_store(uri)
+    assert {check.state for check in checks} == {"ok"}, checks
+    assert open_store(uri).list("") == []
+
+
+@pytest.mark.s3
+def test_store_check_of_an_absent_bucket_fails_with_a_fix(moto_uri: str) -> None:
+    (check,) = check_store(f"{moto_uri.partition('/prefix')[0]}-absent/prefix")
+    assert (check.name, check.state) == ("store", "fail")
+    assert "does not exist" in check.detail and "bucket" in check.fix
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_store_check_of_a_read_only_folder_fails(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -77,7 +94,7 @@ def test_disk_check_warns_below_its_limits(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_disk_check_leaves_object_stores_alone() -> None:
-    assert check_disk("s3://bucket/prefix") == []
+    assert check_disk("s3://bucket/prefix") == check_disk("ftp://host/runs") == []
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("50000 100000\n", 0.5), ("max 100000\n", None), ("odd", None)])
@@ -166,6 +183,16 @@ def test_driver_lists_each_gpu_with_its_memory(monkeypatch: pytest.MonkeyPatch) 
         "NVIDIA 550.54, 1 GPUs",
         "Tesla K80, 11.0 GiB of 12.0 GiB free",
     ]
+
+
+def test_driver_that_lost_its_gpu_is_a_failure_and_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_idx: int) -> object:
+        raise NotSupported("GPU is lost")
+
+    monkeypatch.setitem(sys.modules, "pynvml", fake_driver(nvmlDeviceGetHandleByIndex=lost))
+    (check,) = check_gpu(has_torch=False)
+    assert (check.name, check.state) == ("driver", "fail")
+    assert "GPU is lost" in check.detail
 
 
 def test_gpu_that_hides_its_memory_is_listed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

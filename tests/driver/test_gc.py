@@ -72,6 +72,14 @@ def test_committed_block_keeps_what_its_manifest_names_and_loses_the_rest(store:
     assert keys_of(store) == {*named, LAYOUT.block_manifest(0)}
 
 
+@pytest.mark.s3
+def test_committed_block_on_s3_loses_the_same_objects(minio_uri: str) -> None:
+    store = open_store(minio_uri)
+    named, useless = finished_block(store, 0)
+    assert collect_garbage(f"{minio_uri}/run", dry_run=False) == sorted((key, 10) for key in useless)
+    assert keys_of(store) == {*named, LAYOUT.block_manifest(0)}
+
+
 def test_dry_run_lists_the_same_and_deletes_nothing(store: Store) -> None:
     finished_block(store, 0)
     before = keys_of(store)

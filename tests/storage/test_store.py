@@ -34,10 +34,10 @@ def test_put_replaces_an_older_object(store):
     assert store.list("") == [("a", 3)]
 
 
-@pytest.mark.parametrize("data", [b"", b"x", bytearray(b"bytes"), memoryview(b"0123")[1:3]])
-def test_any_buffer_can_be_written(store, data):
-    store.put("a", data)
-    assert bytes(store.get("a")) == bytes(data)
+def test_any_buffer_can_be_written(store):
+    for data in (b"", b"x", bytearray(b"bytes"), memoryview(b"0123")[1:3]):
+        store.put("a", data)
+        assert bytes(store.get("a")) == bytes(data)
 
 
 def test_large_object_survives_whole(store):
@@ -112,18 +112,25 @@ def test_one_store_serves_many_threads(store):
     assert len(store.list("t")) == 24
 
 
-@pytest.mark.parametrize("key", ["", "/a", "a//b", "../a", "a/../../b", "a/.", "a/", "a\\b", "a\0b"])
-def test_key_that_leaves_the_store_is_refused(store, key):
-    for use in (store.get, store.size, lambda key: store.put(key, b""), lambda key: store.create(key, b"")):
+def test_key_that_leaves_the_store_is_refused(store):
+    for key in ("", "/a", "a//b", "../a", "a/../../b", "a/.", "a/", "a\\b", "a\0b"):
+        for use in (
+            store.get,
+            store.size,
+            lambda key: store.put(key, b""),
+            lambda key: store.create(key, b""),
+        ):
+            with pytest.raises(StorageError, match="relative path"):
+                use(key)
         with pytest.raises(StorageError, match="relative path"):
-            use(key)
+            store.delete([key])
 
 
 @pytest.mark.parametrize("kind", ["local", pytest.param("moto_uri", marks=pytest.mark.s3)])
 def test_of_many_simultaneous_creators_exactly_one_wins(kind, request, tmp_path):
     uri = str(tmp_path) if kind == "local" else request.getfixturevalue(kind)
-    start = threading.Barrier(8)
-    stores = [open_store(uri) for _ in range(8)]
+    start = threading.Barrier(4)
+    stores = [open_store(uri) for _ in range(4)]
 
     def create(number: int) -> int | None:
         start.wait()
@@ -135,7 +142,7 @@ def test_of_many_simultaneous_creators_exactly_one_wins(kind, request, tmp_path)
 
     for _ in range(5):
         with ThreadPoolExecutor(8) as pool:
-            winners = [number for number in pool.map(create, range(8)) if number is not None]
+            winners = [number for number in pool.map(create, range(4)) if number is not None]
         assert len(winners) == 1
         assert bytes(stores[0].get("run/manifest.json")) == f"attempt {winners[0]}".encode() * 500
         stores[0].delete(["run/manifest.json"])
@@ -158,8 +165,18 @@ def test_file_uri_and_home_open_a_folder(monkeypatch):
 
 @pytest.mark.parametrize(
     "uri",
-    ["gs://bucket/x", "http://host/x", "s3://", "s3:bucket", "s3://b/x", "s3://bucket/../x", "s3://bucket/a//b"]
-    + ["s3://bucket/x?versionId=1", "file://host/x", ""],
+    [
+        "gs://bucket/x",
+        "http://host/x",
+        "s3://",
+        "s3:bucket",
+        "s3://b/x",
+        "s3://bucket/../x",
+        "s3://bucket/a//b",
+        "s3://bucket/x?versionId=1",
+        "file://host/x",
+        "",
+    ],
 )
 def test_unusable_uri_is_a_config_error(uri):
     with pytest.raises(ConfigError):

@@ -31,17 +31,18 @@ from nf_pipeline.config import RunConfig
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.memory import measure_peak
 from nf_pipeline.core.models import build_model, suggest_model
-from nf_pipeline.core.train_step import make_optimizer
+from nf_pipeline.core.train_step import make_optimizer, resolve_device
 from nf_pipeline.driver.run_record import load_run
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.worker.feed import Feed, open_feed
-from nf_pipeline.worker.runtime import choose_device, seed_everything, set_threads
+from nf_pipeline.worker.runtime import seed_everything, set_threads
 from nf_pipeline.worker.schedule import learning_rate, peak_learning_rate, warmup_steps
 from nf_pipeline.worker.stage_input import read_ingest
 
 REFERENCE_BATCH = 128
+PROBE_BATCH = 32  # large enough for activations to outweigh the weights of small models
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -55,12 +56,14 @@ class Method:
         within_budget: take the largest batch whose step fits the run's memory budget; else batch 128.
         checkpointing: keep the activations of segment borders only and recompute the rest.
         micro_batch: accumulate gradients up to batch 128 over batches that fit.
+        segment_layers: layers between kept activations; 0 chooses what needs the least memory.
     """
 
     name: str
     within_budget: bool = True
     checkpointing: bool = False
     micro_batch: bool = False
+    segment_layers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +152,10 @@ def open_task(uri: str, *, epochs: int, num_threads: int) -> Task:
 def train_by_backprop(task: Task, method: Method) -> BackpropResult:
     """Trains the whole model at once and returns what that took and reached."""
     set_threads(task.num_threads)
-    device = choose_device(task.config.train.device)
+    device = resolve_device(task.config.train.device)
     budget = task.config.memory.budget_bytes if method.within_budget else None
+    if method.checkpointing and not method.segment_layers:
+        method = choose_segments(task, method, device)
     micro, predicted = choose_batch(task, method, device, budget)
     batch = REFERENCE_BATCH if method.micro_batch and micro else micro
     result = BackpropResult(
@@ -163,6 +168,17 @@ def train_by_backprop(task: Task, method: Method) -> BackpropResult:
         params=sum(weight.numel() for weight in task.network().parameters()),
     )
     return _Trainer(task, method, device, batch, micro).fill_in(result) if micro else result
+
+
+def choose_segments(task: Task, method: Method, device: torch.device) -> Method:
+    """Returns the method with the segment length, in layers, whose training step needs the least memory.
+
+    Up to the square root of the number of layers, which is best when all layers are alike (Chen et al. 2016,
+    https://arxiv.org/abs/1604.06174), and less where one segment at full resolution outweighs all borders.
+    """
+    num_layers = len(cut(task.network(), task.image_shape).layers)
+    choices = [replace(method, segment_layers=length) for length in range(1, math.isqrt(num_layers - 1) + 2)]
+    return min(choices, key=lambda choice: predict_peak(task, choice, device, PROBE_BATCH))
 
 
 def choose_batch(task: Task, method: Method, device: torch.device, budget: int | None) -> tuple[int, int]:
@@ -186,7 +202,7 @@ def choose_batch(task: Task, method: Method, device: torch.device, budget: int |
     return (candidates[low - 1], peaks[low - 1]) if low else (0, peaks[0])
 
 
-def predict_peak(task: Task, method: Method, device: torch.device, batch: int) -> int:
+def predict_peak(task: Task, method: Method, device: torch.device, size: int) -> int:
     """Returns the peak bytes of two optimiser steps at a batch size: the second has the momentum buffers.
 
     On a CPU the tensors are fake and nothing is allocated; on a GPU the steps really run.
@@ -198,8 +214,8 @@ def predict_peak(task: Task, method: Method, device: torch.device, batch: int) -
         meter = measure_peak(device)
         meter.track(network)
         for ends_step in (False, True, False, True) if method.micro_batch else (True, True):
-            x_NCHW = torch.zeros(batch, *task.image_shape, device=device)
-            y_N = torch.zeros(batch, dtype=torch.int64, device=device)
+            x_NCHW = torch.zeros(size, *task.image_shape, device=device)
+            y_N = torch.zeros(size, dtype=torch.int64, device=device)
             with meter:
                 meter.track(x_NCHW, y_N)
                 _backward(forward, x_NCHW, y_N, num_parts=1)
@@ -248,12 +264,12 @@ class _Trainer:
         losses: list[torch.Tensor] = []
         batches = feed.batches(seed=self._config.seed, epoch=epoch, shuffle=True, drop_last=True)
         # Micro-batches that do not fill a step are left out, like the last short batch.
-        for number, (x_NCHW, y_N) in zip(range(steps * num_parts), batches, strict=False):
+        for number, batch in zip(range(steps * num_parts), batches, strict=False):
             step, part = divmod(number, num_parts)
             self._set_learning_rate(epoch * steps + step, steps)
             with self._meter:
-                self._meter.track(x_NCHW, y_N)
-                losses.append(_backward(self._forward, x_NCHW, y_N, num_parts))
+                batch.track(self._meter)
+                losses.append(_backward(self._forward, batch.take_x(), batch.y_N, num_parts))
                 if part == num_parts - 1:
                     _step(self._optimizer)
         batches.close()
@@ -274,10 +290,10 @@ class _Trainer:
             return None
         feed, correct = self._feed(split), 0
         self._network.eval()
-        for x_NCHW, y_N in feed.batches():
+        for batch in feed.batches():
             with self._meter:
-                self._meter.track(x_NCHW, y_N)
-                correct += int((self._network(x_NCHW).argmax(dim=1) == y_N).sum())
+                batch.track(self._meter)
+                correct += int((self._network(batch.take_x()).argmax(dim=1) == batch.y_N).sum())
         self._network.train()
         return correct / feed.num_rows
 
@@ -300,15 +316,13 @@ def _build(task: Task, method: Method, device: torch.device) -> tuple[nn.Module,
     network = task.network()
     forward: Forward = network
     if method.checkpointing:
-        parts = cut(network, task.image_shape)
-        forward = _checkpointed([nn.Sequential(*layers) for layers in _segments(parts.layers)], parts.tail)
-    return network.to(device).train(), forward
-
-
-def _segments(layers: Sequence[nn.Module]) -> list[Sequence[nn.Module]]:
-    # About sqrt(L) segments of sqrt(L) layers: Chen et al. 2016, https://arxiv.org/abs/1604.06174.
-    length = math.isqrt(len(layers) - 1) + 1
-    return [layers[start : start + length] for start in range(0, len(layers), length)]
+        parts, length = cut(network, task.image_shape), method.segment_layers
+        starts = range(0, len(parts.layers), length)
+        segments = [nn.Sequential(*parts.layers[start : start + length]) for start in starts]
+        forward = _checkpointed(segments, parts.tail)
+    if device.type != "cpu":  # fake tensors cannot be moved, not even to where they are
+        network.to(device)
+    return network.train(), forward
 
 
 def _checkpointed(segments: Sequence[nn.Module], tail: nn.Module) -> Forward:

@@ -208,7 +208,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", default="digits", help="as for nf-pipeline train [default: digits]")
     parser.add_argument("--model", default="convnet", help="as for nf-pipeline train [default: convnet]")
-    parser.add_argument("--memory-budget", default="4MiB", help="of the pipeline and of backprop [default: 4MiB]")
+    parser.add_argument("--memory-budget", default="4MiB", help="of pipeline and backprop [default: 4MiB]")
     parser.add_argument("--max-train-images", type=int, help="stratified, seeded subset [default: all]")
     parser.add_argument("--epochs", type=int, default=8, help="of the pipeline, per block [default: 8]")
     parser.add_argument("--bp-epochs", type=int, help="of backpropagation [default: as --epochs]")

@@ -1,0 +1,188 @@
+"""What is done with a finished run: evaluate every exit, predict, export.
+
+Works in this process and streams the data; the run is only read. Entries: `evaluate`, `predict`, `export`.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+
+from nf_pipeline.config import DataConfig
+from nf_pipeline.core.exit_model import ExitModel, Normalise
+from nf_pipeline.data.images import open_images, open_labelled
+from nf_pipeline.driver.run_record import load_run, load_plan
+from nf_pipeline.errors import ConfigError, DataError, StorageError
+from nf_pipeline.model_files import load_model
+from nf_pipeline.run_uri import split_run_uri
+from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.store import open_store
+from nf_pipeline.worker.assemble import load_units
+from nf_pipeline.worker.stage_input import read_block, read_ingest, read_model
+
+PREDICTION_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("class_name", pa.string(), nullable=False),
+        pa.field("probability", pa.float32(), nullable=False),
+        pa.field("exit", pa.string(), nullable=False),
+    ]
+)
+
+
+@torch.no_grad()
+def evaluate(uri: str, data: DataConfig) -> list[dict[str, Any]]:
+    """Measures every exit of a finished run on a labelled set, in one pass.
+
+    Args:
+        uri: STORE/NAME.
+        data: its test split if it brings one, else all its rows.
+
+    Returns:
+        One entry per exit: layer_idx, layer, accuracy in [0, 1], num_images, chosen.
+
+    Raises:
+        ObjectMissing: the run is not finished.
+        DataError: the data set cannot be used with this model.
+    """
+    store_uri, run = split_run_uri(uri)
+    store, layout = open_store(store_uri), RunLayout(run)
+    result = read_model(store, layout).facts
+    plan, config, ingest = load_plan(store, layout), load_run(uri), read_ingest(store, layout).facts
+    blocks = [read_block(store, layout, idx) for idx in range(len(plan.blocks))]
+    units = [unit.eval() for unit in load_units(store, config, plan, blocks, len(plan.units))]
+    normalise = Normalise(ingest["mean"], ingest["std"])
+    correct, num_images = np.zeros(len(units), np.int64), 0
+    for batch in open_labelled(data, plan.image_shape, tuple(ingest["class_names"])):
+        x_NCHW = normalise(torch.from_numpy(batch.images))
+        for position, unit in enumerate(units):
+            x_NCHW, logits_NK = unit(x_NCHW)
+            correct[position] += int((logits_NK.argmax(dim=1).numpy() == batch.labels).sum())
+        num_images += len(batch.labels)
+    if num_images == 0:
+        raise DataError(f"{data.source}: no images to evaluate", "give a labelled data set with images")
+    return [
+        {
+            "layer_idx": exit["layer_idx"],
+            "layer": exit["layer"],
+            "accuracy": int(count) / num_images,
+            "num_images": num_images,
+            "chosen": position == result["chosen_exit"],
+        }
+        for position, (exit, count) in enumerate(zip(result["exits"], correct, strict=True))
+    ]
+
+
+def predict(uri: str, images: str, output: str, batch_size: int = 256) -> dict[str, Any]:
+    """Runs the final model over every image of an input and writes one row per image to a Parquet file.
+
+    Args:
+        uri: STORE/NAME.
+        images: a folder, file or URI of images or Parquet; labels are not needed.
+        output: local file; replaced only when all predictions are in.
+        batch_size: images per step.
+
+    Returns:
+        rows, output, exit, and num_skipped.
+
+    Raises:
+        DataError: an image cannot be decoded or has another size.
+        StorageError: the output cannot be written.
+    """
+    model = load_model(uri)
+    target = Path(output)
+    partial = target.with_name(f".{target.name}.part")
+    rows = 0
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(partial, PREDICTION_SCHEMA) as writer:
+            for ids, pixels_NCHW in _batches(images, model, batch_size):
+                writer.write_table(_predictions(model, ids, pixels_NCHW))
+                rows += len(ids)
+        partial.replace(target)
+    except OSError as error:
+        raise StorageError(f"predictions cannot be written: {error.strerror}", output, "give a writable --output") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return {"rows": rows, "output": output, "exit": model.card.exit_layer}
+
+
+def export(uri: str, format_name: str, output: str) -> str:
+    """Writes the final model to a file that other programs read.
+
+    Args:
+        uri: STORE/NAME.
+        format_name: "safetensors" (weights, and OUTPUT's name with .json beside them), or "torch-export" (a
+            program for torch.export.load that takes uint8 pixels_NCHW with any N).
+        output: local file.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConfigError: unknown format.
+        StorageError: the file cannot be written.
+    """
+    writers = {"safetensors": _write_safetensors, "torch-export": _write_program}
+    if format_name not in writers:
+        raise ConfigError(f"export format {format_name!r} is unknown", f"--format {' or '.join(writers)}")
+    model, target = load_model(uri), Path(output)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        writers[format_name](model, target)
+    except OSError as error:
+        raise StorageError(f"the model cannot be written: {error.strerror}", output, "give a writable --output") from None
+    return str(target)
+
+
+def _batches(images: str, model: ExitModel, batch_size: int) -> Iterator[tuple[list[str], np.ndarray]]:
+    ids, pixels = [], []
+    shape = model.card.image_shape
+    config = DataConfig(source=images, image_size=shape[1] if shape[1] == shape[2] else None)
+    for image_id, pixels_CHW in open_images(config, shape):
+        ids.append(image_id)
+        pixels.append(pixels_CHW)
+        if len(ids) == batch_size:
+            yield ids, np.stack(pixels)
+            ids, pixels = [], []
+    if ids:
+        yield ids, np.stack(pixels)
+
+
+@torch.no_grad()
+def _predictions(model: ExitModel, ids: list[str], pixels_NCHW: np.ndarray) -> pa.Table:
+    probabilities_NK = model(torch.from_numpy(pixels_NCHW)).softmax(dim=1)
+    probability_N, label_N = probabilities_NK.max(dim=1)
+    labels = label_N.tolist()
+    columns = [
+        ids,
+        labels,
+        [model.card.class_names[label] for label in labels],
+        probability_N.numpy(),
+        [model.card.exit_layer] * len(ids),
+    ]
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, PREDICTION_SCHEMA, strict=True)],
+        schema=PREDICTION_SCHEMA,
+    )
+
+
+def _write_safetensors(model: ExitModel, target: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    target.write_bytes(safetensors.torch.save(tensors))
+    target.with_suffix(".json").write_text(json.dumps(model.card.to_json(), indent=2))
+
+
+def _write_program(model: ExitModel, target: Path) -> None:
+    # Two images: with one, the exporter would take the batch for a constant.
+    pixels_NCHW = torch.zeros(2, *model.card.image_shape, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (pixels_NCHW,), dynamic_shapes={"pixels_NCHW": {0: batch}})
+    torch.export.save(program, target)

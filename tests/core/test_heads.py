@@ -1,0 +1,75 @@
+"""The auxiliary heads."""
+
+import pytest
+import torch
+from torch import nn
+
+from nf_pipeline.core.heads import HEADS, build_head
+from nf_pipeline.errors import ConfigError
+
+SHAPES = [(1, 8, 8), (64, 32, 32), (16, 7, 5), (512, 2, 2), (2048, 1, 1), (3, 1, 9)]
+
+
+def head_of(name, shape=(16, 8, 8), num_classes=10, seed=0):
+    return build_head(name, shape, num_classes, seed)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_head_maps_features_to_logits_and_trains(name, shape):
+    head = head_of(name, shape, num_classes=7).train()
+    logits = head(torch.randn(2, *shape))
+    logits.square().sum().backward()
+    assert logits.shape == (2, 7)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in head.parameters())
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(1, 8), (8, 8), (9, 9), (64, 64), (256, 256), (512, 256)])
+def test_adaptive_head_has_as_many_filters_as_channels_within_limits(channels, filters):
+    head = head_of("adaptive", (channels, 8, 8), num_classes=10)
+    assert head.conv.weight.shape == (filters, channels, 3, 3)
+    assert head.linear.weight.shape == (10, 4 * filters)
+    expected = 9 * channels * filters + 2 * filters + 4 * filters * 10 + 10
+    assert sum(p.numel() for p in head.parameters()) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 64, 512])
+def test_classic_head_has_256_filters_everywhere(channels):
+    assert head_of("classic", (channels, 8, 8)).conv.out_channels == 256
+
+
+def test_mlp_sr_head_shrinks_the_map_before_it_computes():
+    head, maps = head_of("mlp_sr", (64, 30, 17)), []
+    head.conv0.register_forward_hook(lambda module, args, out: maps.append(tuple(out.shape)))
+    head.eval()(torch.randn(2, 64, 30, 17))
+    assert maps == [(2, 64, 8, 5)]
+    kinds = [type(m) for m in head if not isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.ReLU)]
+    pools = [nn.AdaptiveAvgPool2d]
+    assert kinds == [*pools, *[nn.Conv2d] * 3, *pools, nn.Flatten, *[nn.Linear] * 4]
+
+
+def test_heads_names_in_the_state_dict_are_stable():
+    names = [name.partition(".")[0] for name in head_of("adaptive").state_dict()]
+    assert list(dict.fromkeys(names)) == ["conv", "bn", "linear"]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_depends_on_its_seed_only(name):
+    before = torch.get_rng_state()
+    first = head_of(name, seed=2**62)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(2)
+    again, other = head_of(name, seed=2**62), head_of(name, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.linear.weight, other.linear.weight)
+
+
+def test_unknown_head_lists_near_names():
+    with pytest.raises(ConfigError, match=r"train\.head: got 'adaptve', unknown head") as error:
+        head_of("adaptve")
+    assert "adaptive" in error.value.fix
+
+
+def test_head_on_a_vector_is_an_error():
+    with pytest.raises(ConfigError, match=r"\(512,\) per sample, want \(C, H, W\)"):
+        head_of("adaptive", (512,))

@@ -1,0 +1,49 @@
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from nf_pipeline.config import DataConfig
+from nf_pipeline.data.decode import decode_image
+from nf_pipeline.data.sources import open_source
+from nf_pipeline.errors import ConfigError, DataError
+
+
+def test_digits_are_real_grey_images_of_ten_classes():
+    source = open_source(DataConfig())
+    labels = source.labels("train")
+    images = [decode_image(cell) for _, cell in source.read("train", np.ones(1797, bool), None)]
+
+    assert (source.name, source.splits) == ("digits", ("train",))
+    assert source.class_names == tuple("0123456789")
+    assert np.bincount(labels).min() >= 170
+    assert {image.shape for image in images} == {(1, 8, 8)}
+    assert np.stack(images).max() == 255
+    # A mean image per class already tells most digits apart: the labels belong to the images.
+    flat = np.stack(images).reshape(1797, 64).astype(float)
+    means = np.stack([flat[labels == digit].mean(axis=0) for digit in range(10)])
+    nearest = ((flat[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
+    assert (nearest == labels).mean() > 0.85
+
+
+def test_the_packaged_file_is_small():
+    assert len(resources.files("nf_pipeline.data").joinpath("digits.parquet").read_bytes()) < 300_000
+
+
+@pytest.mark.parametrize("source", ["no-such-folder", "/no/such/folder", "NoSuchSet"])
+def test_a_source_that_is_not_there_is_named(source):
+    with pytest.raises(
+        DataError, match=f"data source {source}: no such folder, file or torchvision data set"
+    ):
+        open_source(DataConfig(source=source))
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(DataError, match="unknown scheme 'ftp'"):
+        open_source(DataConfig(source="ftp://host/x"))
+
+
+def test_credentials_in_a_uri_are_not_repeated():
+    with pytest.raises(ConfigError) as caught:
+        open_source(DataConfig(source="s3://user:secret@bucket/x"))
+    assert "secret" not in str(caught.value)

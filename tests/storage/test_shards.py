@@ -1,0 +1,354 @@
+"""Shards: what is written is read back, anything else is noticed, and failures publish nothing."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nf_pipeline.errors import ConfigError, InternalError, ObjectCorrupt, ObjectMissing, StorageError
+from nf_pipeline.storage import shards as shards_module
+from nf_pipeline.storage.local import LocalStore
+from nf_pipeline.storage.shards import ShardWriter, TensorSpec, read_shard, spec_of_field
+from nf_pipeline.storage.store import checksum_of, open_store
+
+
+def shard_key(shard_idx: int) -> str:
+    return f"x/train-{shard_idx:05d}.parquet"
+
+
+def rows_of(spec: TensorSpec, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(3)
+    tensors = random.integers(0, 256, (num_rows, spec.nbytes), dtype=np.uint8)
+    return tensors, random.integers(0, 10, num_rows), random.permutation(num_rows)
+
+
+class WatchedStore(LocalStore):
+    """A folder store whose writes wait for `gate` and fail for keys that contain `broken`."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.broken = "nothing is broken"
+        self.now = self.most = 0
+        self._count = threading.Lock()
+
+    def put(self, key, data):
+        with self._count:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        self.entered.set()
+        self.gate.wait(30)
+        try:
+            if self.broken in key:
+                raise StorageError("the disk is full", self.uri)
+            super().put(key, data)
+        finally:
+            with self._count:
+                self.now -= 1
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("codec", ["none", "zstd", "lz4"])
+def test_every_dtype_and_codec_reads_back_bit_for_bit(store, dtype, codec):
+    spec = TensorSpec(dtype, (2, 5, 3), codec)
+    tensors, labels, sample_ids = rows_of(spec, 100)
+    with ShardWriter(store, shard_key, spec, 40 * spec.nbytes) as writer:
+        writer.append(tensors, labels, sample_ids)
+    read = [read_shard(store, shard, spec) for shard in writer.close()]
+    assert [len(shard.labels) for shard in read] == [40, 40, 20]
+    assert np.array_equal(np.concatenate([shard.tensors for shard in read]), tensors)
+    assert np.array_equal(np.concatenate([shard.labels for shard in read]), labels)
+    assert np.array_equal(np.concatenate([shard.sample_ids for shard in read]), sample_ids)
+
+
+def test_rows_keep_their_order_however_they_are_appended(store):
+    spec = TensorSpec("uint8", (7,))
+    tensors, labels, sample_ids = rows_of(spec, 103)
+    with ShardWriter(store, shard_key, spec, 10 * 7, upload_threads=3) as writer:
+        start = 0
+        for size in (1, 0, 25, 9, 10, 58):
+            stop = start + size
+            writer.append(tensors[start:stop], labels[start:stop], sample_ids[start:stop])
+            start = stop
+            assert writer.num_rows == stop
+    shards = writer.close()
+    assert [shard.num_rows for shard in shards] == [10] * 10 + [3]
+    assert [shard.key for shard in shards] == [shard_key(idx) for idx in range(11)]
+    read = [read_shard(store, shard, spec) for shard in shards]
+    assert np.array_equal(np.concatenate([shard.tensors for shard in read]), tensors)
+
+
+def test_infos_tell_size_and_checksum_of_the_object(write):
+    written = write(25)
+    for shard in written.shards:
+        data = written.store.get(shard.key)
+        assert (shard.num_bytes, shard.checksum) == (len(data), checksum_of(data))
+    assert written.store.list("") == [(shard.key, shard.num_bytes) for shard in written.shards]
+
+
+def test_same_rows_give_the_same_bytes(store):
+    spec = TensorSpec("float32", (4, 4), "zstd")
+    checksums = set()
+    for attempt in ("a", "b"):
+        with ShardWriter(store, lambda idx, a=attempt: f"{a}/{idx}", spec, 20 * spec.nbytes) as writer:
+            writer.append(*rows_of(spec, 50))
+        checksums.add(tuple(shard.checksum for shard in writer.close()))
+    assert len(checksums) == 1
+
+
+def test_writer_without_rows_writes_nothing(store):
+    with ShardWriter(store, shard_key, TensorSpec("uint8", (4,)), 100) as writer:
+        writer.append(*rows_of(TensorSpec("uint8", (4,)), 0))
+    assert writer.close() == []
+    assert store.list("") == []
+
+
+def test_sample_larger_than_a_shard_gets_a_shard_of_its_own(store):
+    spec = TensorSpec("uint8", (1000,))
+    with ShardWriter(store, shard_key, spec, 100) as writer:
+        writer.append(*rows_of(spec, 3))
+    assert [shard.num_rows for shard in writer.close()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd", "lz4"])
+@pytest.mark.parametrize("nbytes", [1, 64, 3072, 9 * 2**20])
+def test_incompressible_samples_of_any_size_fit_the_encoding_buffer(store, codec, nbytes):
+    spec = TensorSpec("uint8", (nbytes,), codec)
+    num_rows = max(2, min(50_000, 2**24 // nbytes))
+    tensors, labels, sample_ids = rows_of(spec, num_rows)
+    with ShardWriter(store, shard_key, spec, num_rows * nbytes) as writer:
+        writer.append(tensors, labels * 2**60, sample_ids * 2**40)
+    (shard,) = writer.close()
+    assert np.array_equal(read_shard(store, shard, spec).tensors, tensors)
+
+
+def test_any_parquet_reader_understands_a_shard(store):
+    spec = TensorSpec("float16", (64, 32, 32))
+    with ShardWriter(store, shard_key, spec, 200 * spec.nbytes) as writer:
+        writer.append(*rows_of(spec, 200))
+    file = pq.ParquetFile(pa.BufferReader(store.get(shard_key(0))), page_checksum_verification=True)
+    field = file.schema_arrow.field("tensor")
+    assert (field.type, field.nullable) == (pa.binary(131072), False)
+    assert field.metadata == {b"dtype": b"float16", b"shape": b"[64, 32, 32]"}
+    assert spec_of_field(field) == spec
+    groups = [file.metadata.row_group(idx) for idx in range(file.num_row_groups)]
+    assert max(group.total_byte_size for group in groups) <= 8 * 2**20 + 2**16
+    assert len(groups) == 4
+    column = groups[0].column(0)
+    assert not column.has_dictionary_page
+    assert not column.is_stats_set
+    assert file.read().num_rows == 200
+
+
+def test_tensors_are_a_view_of_the_decoded_buffer(write):
+    written = write(10)
+    shard = read_shard(written.store, written.shards[0], written.spec)
+    assert not shard.tensors.flags.owndata
+    assert shard.tensors.flags.c_contiguous
+    assert np.array_equal(shard.tensors, written.tensors)
+
+
+def test_exception_in_the_with_block_uploads_nothing_more(tmp_path):
+    store = WatchedStore(str(tmp_path))
+    spec = TensorSpec("uint8", (8,))
+    with (
+        pytest.raises(ZeroDivisionError),
+        ShardWriter(store, shard_key, spec, 80, upload_threads=1) as writer,
+    ):
+        store.gate.clear()
+        writer.append(*rows_of(spec, 20))
+        assert store.entered.wait(30)
+        threading.Timer(0.2, store.gate.set).start()
+        raise ZeroDivisionError
+    assert [key for key, _ in store.list("")] == [shard_key(0)]  # was on its way already
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shard-writer")]
+
+
+def test_failed_upload_surfaces_on_a_later_append(tmp_path):
+    store = WatchedStore(str(tmp_path))
+    store.broken = "00001"
+    spec = TensorSpec("uint8", (8,))
+    with pytest.raises(StorageError, match="disk is full"), ShardWriter(store, shard_key, spec, 80) as writer:
+        for _ in range(1000):
+            writer.append(*rows_of(spec, 10))
+    assert len(store.list("")) < 1000
+
+
+def test_failed_upload_of_the_last_shard_surfaces_on_close(tmp_path):
+    store = WatchedStore(str(tmp_path))
+    store.broken = "00000"
+    spec = TensorSpec("uint8", (8,))
+    writer = ShardWriter(store, shard_key, spec, 80)
+    writer.append(*rows_of(spec, 5))
+    with pytest.raises(StorageError, match="disk is full"):
+        writer.close()
+    with pytest.raises(StorageError, match="disk is full"):
+        writer.close()
+
+
+def test_uploads_in_flight_and_buffers_are_bounded(tmp_path, monkeypatch):
+    store = WatchedStore(str(tmp_path))
+    made = []
+    real = shards_module._ShardBuffer.__init__
+    monkeypatch.setattr(
+        shards_module._ShardBuffer, "__init__", lambda self, *args: made.append(self) or real(self, *args)
+    )
+    spec = TensorSpec("uint8", (8,))
+    with ShardWriter(store, shard_key, spec, 80, upload_threads=2) as writer:
+        for _ in range(40):
+            writer.append(*rows_of(spec, 10))
+    assert store.most <= 2
+    assert len(made) <= 3
+    assert len(writer.close()) == 40
+
+
+def test_upload_that_hangs_is_given_up(tmp_path):
+    store = WatchedStore(str(tmp_path))
+    store.gate.clear()
+    spec = TensorSpec("uint8", (8,))
+    with (
+        pytest.raises(StorageError, match="no shard was uploaded"),
+        ShardWriter(store, shard_key, spec, 80, timeout_s=0.1) as writer,
+    ):
+        for _ in range(10):
+            writer.append(*rows_of(spec, 10))
+    store.gate.set()
+
+
+def test_append_after_the_end_is_a_bug(store):
+    spec = TensorSpec("uint8", (8,))
+    with ShardWriter(store, shard_key, spec, 80) as writer:
+        pass
+    with pytest.raises(InternalError, match="after"):
+        writer.append(*rows_of(spec, 1))
+
+
+def test_cancelled_writer_takes_and_returns_nothing_more(tmp_path):
+    store = WatchedStore(str(tmp_path))
+    store.gate.clear()
+    spec = TensorSpec("uint8", (8,))
+    writer = ShardWriter(store, shard_key, spec, 80, upload_threads=1)
+    writer.append(*rows_of(spec, 20))
+    threading.Timer(0.1, store.gate.set).start()
+    writer.cancel()
+    with pytest.raises(InternalError, match="cancelled"):
+        writer.append(*rows_of(spec, 1))
+    with pytest.raises(InternalError, match="cancelled"):
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tensors", lambda rows: (rows[0].astype(np.float32), rows[1], rows[2])),
+        ("tensors", lambda rows: (rows[0][:, :-1], rows[1], rows[2])),
+        ("labels", lambda rows: (rows[0], rows[1].astype(np.int32), rows[2])),
+        ("sample_ids", lambda rows: (rows[0], rows[1], rows[2][:-1])),
+    ],
+)
+def test_rows_of_another_form_are_refused(store, name, change):
+    spec = TensorSpec("uint8", (8,))
+    with ShardWriter(store, shard_key, spec, 80) as writer, pytest.raises(InternalError, match=name):
+        writer.append(*change(rows_of(spec, 4)))
+
+
+def test_missing_shard_is_named(write):
+    written = write(10)
+    written.store.delete([written.shards[0].key])
+    with pytest.raises(ObjectMissing, match=written.shards[0].key):
+        read_shard(written.store, written.shards[0], written.spec)
+
+
+def test_truncated_shard_is_corrupt_with_got_and_want(write):
+    written = write(10)
+    (shard,) = written.shards
+    written.store.put(shard.key, written.store.get(shard.key)[:-1])
+    with pytest.raises(
+        ObjectCorrupt, match=f"bytes: got {shard.num_bytes - 1}, want {shard.num_bytes}"
+    ) as caught:
+        read_shard(written.store, shard, written.spec)
+    assert "Fix: delete the manifest.json" in str(caught.value)
+
+
+def test_every_flipped_bit_is_noticed(write):
+    written = write(3)
+    (shard,) = written.shards
+    good = bytes(written.store.get(shard.key))
+    for position in range(0, len(good), 37):
+        bad = bytearray(good)
+        bad[position] ^= 1 << position % 8
+        written.store.put(shard.key, bad)
+        with pytest.raises(ObjectCorrupt, match="checksum"):
+            read_shard(written.store, shard, written.spec)
+
+
+def test_manifest_with_another_row_count_is_noticed(write):
+    written = write(10)
+    with pytest.raises(ObjectCorrupt, match="rows: got 10, want 11"):
+        read_shard(written.store, replace(written.shards[0], num_rows=11), written.spec)
+
+
+@pytest.mark.parametrize(
+    "spec", [TensorSpec("bfloat16", (3, 4)), TensorSpec("float16", (4, 3)), TensorSpec("uint8", (25,))]
+)
+def test_tensors_of_another_type_are_noticed(write, spec):
+    written = write(10)
+    with pytest.raises(ObjectCorrupt, match="tensor"):
+        read_shard(written.store, written.shards[0], spec)
+
+
+def test_object_that_is_no_parquet_is_corrupt_even_with_the_right_checksum(write):
+    written = write(10)
+    data = b"PAR1 but nothing else"
+    written.store.put("x/fake", data)
+    shard = replace(written.shards[0], key="x/fake", num_bytes=len(data), checksum=checksum_of(data))
+    with pytest.raises(ObjectCorrupt, match="no Parquet file"):
+        read_shard(written.store, shard, written.spec)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "codec"),
+    [("int8", (1,), "none"), ("uint8", (1,), "snappy"), ("uint8", (), "none"), ("uint8", (2, 0), "none")],
+)
+def test_impossible_spec_is_refused(dtype, shape, codec):
+    with pytest.raises(ConfigError):
+        TensorSpec(dtype, shape, codec)
+
+
+def test_nbytes_counts_one_sample():
+    assert TensorSpec("bfloat16", (64, 32, 32)).nbytes == 131072
+    assert TensorSpec("uint8", (3, 32, 32)).nbytes == 3072
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        pa.field("x", pa.binary(4)),
+        pa.field("x", pa.binary(), metadata={"dtype": "uint8", "shape": "[4]"}),
+        pa.field("x", pa.binary(4), metadata={"dtype": "uint8", "shape": "[5]"}),
+        pa.field("x", pa.binary(4), metadata={"dtype": "uint8", "shape": "oops"}),
+        pa.field("x", pa.binary(4), metadata={"dtype": "int3", "shape": "[4]"}),
+        pa.field("x", pa.binary(4), metadata={"dtype": "uint8", "shape": "4"}),
+    ],
+)
+def test_other_columns_are_no_tensor_columns(field):
+    assert spec_of_field(field) is None
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["minio_uri", "moto_uri"])
+def test_shards_go_through_s3_with_one_put_each(kind, request):
+    store = open_store(request.getfixturevalue(kind))
+    spec = TensorSpec("float16", (64, 8, 8))
+    tensors, labels, sample_ids = rows_of(spec, 300)
+    with ShardWriter(store, shard_key, spec, 2**20) as writer:
+        writer.append(tensors, labels, sample_ids)
+    shards = writer.close()
+    assert store.list("") == [(shard.key, shard.num_bytes) for shard in shards]
+    read = np.concatenate([read_shard(store, shard, spec).tensors for shard in shards])
+    assert np.array_equal(read, tensors)
