@@ -72,7 +72,8 @@ class ModelCard:
             raise ObjectCorrupt(f"model.json is no model description: {error}", where) from None
         if card.format_version != FORMAT_VERSION:
             raise ObjectCorrupt(
-                f"model.json has format version {card.format_version}, this program reads {FORMAT_VERSION}", where
+                f"model.json has format version {card.format_version}, this program reads {FORMAT_VERSION}",
+                where,
             )
         return card
 

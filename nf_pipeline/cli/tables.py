@@ -47,13 +47,14 @@ def plan_text(plan: Plan, placement: Mapping[str, Any]) -> str:
         f"budget {format_bytes(plan.budget_bytes)}"
     )
     rows = [_plan_row(plan, block) for block in plan.blocks]
-    table = align(["block", "layers", "output", "batch", "predicted peak / budget", "shards", "why"], rows)
+    table = align(["block", "layers", "output", "batch", "predicted peak / budget", "shards"], rows)
     shards = sum(block.shard_bytes for block in plan.blocks)
     foot = (
         f"placement: one block after another {_where(placement)}, device {placement['device']}; "
         f"activations {format_bytes(shards)} in all; profiled in {plan.profile_s:.1f} s"
     )
-    return "\n".join([head, "", table, "", foot])
+    reasons = [f"block {block.block_idx + 1}: {block.reason}" for block in plan.blocks]
+    return "\n".join([head, "", table, "", *reasons, "", foot])
 
 
 def summary_text(summary: Mapping[str, Any], run_uri: str) -> str:
@@ -146,7 +147,6 @@ def _plan_row(plan: Plan, block: BlockPlan) -> list[str]:
         str(block.batch_size),
         format_peak(block.predicted_peak_bytes, plan.budget_bytes),
         format_bytes(block.shard_bytes) if block.shard_bytes else "",
-        block.reason,
     ]
 
 

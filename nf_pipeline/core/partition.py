@@ -1,12 +1,13 @@
 """Groups units into blocks and gives each block its batch size, from profiles and a budget.
 
 Integers only, so that a plan is the same on every machine, and no torch. Bytes of a block at batch b, when its
-units train one after the other (METHOD: the maximum over the units, plus what stays resident of the others):
+units train one after the other:
 
-    peak(b) = max over units u of (bytes_per_sample_u * b + constant_bytes_u + sum of resident_bytes of the others)
+    peak(b) = max over units u of (bytes_per_sample_u * b + constant_bytes_u + resident_bytes of all others)
 
-Blocks grow greedily from the front: a unit joins while it wants a batch like that of the block's first unit. Joining
-saves a pass through the store; a batch far below what a unit could take costs speed. Entry function: `partition`.
+Blocks grow greedily from the front: a unit joins while it wants a batch like that of the block's first unit.
+Joining saves a pass through the store; a batch far below what a unit could take costs speed. Entry function:
+`partition`.
 """
 
 from collections.abc import Sequence
@@ -111,9 +112,9 @@ def _check_every_unit_fits(
     units: Sequence[UnitProfile], names: Sequence[str], budget_bytes: int, cfg: MemoryConfig
 ) -> None:
     needed = [unit.peak_bytes(cfg.min_batch_size) for unit in units]
-    worst = max(range(len(units)), key=needed.__getitem__)
-    if needed[worst] > effective_budget(budget_bytes, cfg):
-        raise PlanError(names[worst], needed[worst], budget_bytes, smallest_budget(units, cfg))
+    if max(needed) > effective_budget(budget_bytes, cfg):
+        worst = names[needed.index(max(needed))]
+        raise PlanError(worst, max(needed), budget_bytes, smallest_budget(units, cfg))
 
 
 def _grow(

@@ -115,7 +115,7 @@ def verified_batch(
         batch_size = max(cfg.min_batch_size, min(batch_size - 1, proportional))
         peak_bytes = peak_at(batch_size)
     slope = max(1, bytes_per_sample)
-    while 0 < (growth := min((available_bytes - peak_bytes) // slope, cfg.max_batch_size - batch_size)):
+    while (growth := min((available_bytes - peak_bytes) // slope, cfg.max_batch_size - batch_size)) > 0:
         larger_peak = peak_at(batch_size + growth)
         if larger_peak > available_bytes:
             # Too steep here. Between two points of a convex peak the line that joins them lies above it.

@@ -34,7 +34,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device: got cuda, but torch sees no GPU here", "--set train.device=cpu or auto")
+        raise ConfigError(
+            "train.device: got cuda, but torch sees no GPU here", "--set train.device=cpu or auto"
+        )
     return torch.device(name)
 
 
@@ -51,9 +53,7 @@ def make_optimizer(unit: nn.Module, cfg: TrainConfig, lr: float) -> torch.optim.
         kernel = {"fused": True}
     else:
         kernel = {"foreach": False}
-    return torch.optim.SGD(
-        parameters, lr=lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, **kernel
-    )
+    return torch.optim.SGD(parameters, lr=lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, **kernel)
 
 
 def train_step(

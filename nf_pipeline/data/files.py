@@ -4,7 +4,6 @@ Knows nothing of what the files contain. S3's endpoint and credentials come from
 Entry: `list_parquet_files`.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,42 +140,28 @@ def _list_s3(uri: str) -> FileSet:
         for name, num_bytes in found
         if is_parquet_name(name) and not _hidden(tuple(name.split("/")))
     ]
-    return FileSet(uri, files, _open_s3())
+    return FileSet(uri, files, _open_s3(uri))
 
 
-def _open_s3() -> Any:
-    import s3fs  # slow to import, and needed for s3:// only
+def _open_s3(uri: str) -> Any:
+    # The one place that connects: its environment, timeouts, retries and wording count here too.
+    from nf_pipeline.storage.s3 import _connect
 
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-    config: dict[str, Any] = {
-        "connect_timeout": 10,
-        "read_timeout": 30,
-        "retries": {"mode": "standard", "total_max_attempts": 4},
-    }
-    if endpoint:
-        config["s3"] = {"addressing_style": "path"}  # bucket.host needs DNS that few own servers have
-    # Listings are cached by default: files written since by another process would stay unseen.
-    return s3fs.S3FileSystem(
-        endpoint_url=endpoint, config_kwargs=config, use_listings_cache=False, skip_instance_cache=True
-    )
+    return _connect(uri)
 
 
 def _read_errors(remote: bool) -> tuple[type[Exception], ...]:
     if not remote:
         return (OSError,)
-    from aiohttp import ClientError as HttpError
-    from botocore.exceptions import BotoCoreError, ClientError
+    from nf_pipeline.storage.s3 import _failures
 
-    return OSError, BotoCoreError, ClientError, HttpError
+    return _failures()
 
 
-def _store_failed(uri: str, file: DataFile, error: BaseException) -> StorageError:
-    # Only the kind of error: the text of some holds the endpoint as given, which may hold a password.
-    return StorageError(
-        f"{file.name} cannot be read: {type(error).__name__}",
-        uri,
-        "check AWS_ENDPOINT_URL, the AWS_* credentials and that the object is still there, then resume",
-    )
+def _store_failed(uri: str, file: DataFile, error: Exception) -> StorageError:
+    from nf_pipeline.storage.s3 import _explained
+
+    return _explained(error, f"{file.name} cannot be read", uri)
 
 
 def _hidden(parts: tuple[str, ...]) -> bool:

@@ -8,7 +8,7 @@ aside). Knows nothing of models. Entry: `ingest`; `ingest_fingerprint` tells whe
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +18,9 @@ import numpy as np
 from nf_pipeline.config import RunConfig, fingerprint_of
 from nf_pipeline.data.base import SPLITS, Source, Split
 from nf_pipeline.data.channel_statistics import ChannelStatistics
-from nf_pipeline.data.classes import Labels, read_labels
-from nf_pipeline.data.decode import DecodedBatch, Undecodable, decode_image, decode_stream
-from nf_pipeline.data.skipped import SkippedImages
-from nf_pipeline.data.sources import open_source
-from nf_pipeline.data.splits import TRAIN, UNUSED, cut_splits
+from nf_pipeline.data.decode import DecodedBatch, decode_stream
+from nf_pipeline.data.splits import TRAIN, UNUSED
+from nf_pipeline.data.survey import Survey, survey
 from nf_pipeline.errors import DataError
 from nf_pipeline.events import Event, Note, Progress, StageDone, StageStarted
 from nf_pipeline.storage.layout import RunLayout
@@ -72,29 +70,17 @@ def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Ite
     """
     started_s = time.monotonic()
     yield StageStarted(stage=STAGE, attempt=attempt, worker=f"{socket.gethostname()}:{os.getpid()}")
-    source = open_source(cfg.data)
-    labels = read_labels(source)
-    codes = cut_splits(
-        labels.by_split,
-        seed=cfg.train.seed,
-        val_fraction=cfg.data.val_fraction,
-        test_fraction=cfg.data.test_fraction,
-        max_train_images=cfg.data.max_train_images,
-    )
-    job = _Job(
-        source=source, cfg=cfg, labels=labels, codes=codes, skipped=SkippedImages(cfg.data.on_bad_image)
-    )
-    shape = _first_shape(job)
-    written = _Written(ChannelStatistics(shape[0]))
-    spec = TensorSpec("uint8", shape)
+    job = survey(cfg)
+    written = _Written(ChannelStatistics(job.image_shape[0]))
+    spec = TensorSpec("uint8", job.image_shape)
     yield from _write(store, layout, job, spec, attempt, written)
     _check_written(job, written)
     if job.skipped.num_images:
         yield Note(stage=STAGE, level="warning", text=job.skipped.summary())
-    facts = _facts(job, shape, written)
+    facts = _facts(job, written)
     manifest = StageManifest(
         stage=STAGE,
-        fingerprint=ingest_fingerprint(cfg, source),
+        fingerprint=ingest_fingerprint(cfg, job.source),
         attempt=attempt,
         spec=spec,
         shards=written.shards,
@@ -104,24 +90,6 @@ def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Ite
     yield StageDone(stage=STAGE, result=facts, seconds=time.monotonic() - started_s)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    source: Source
-    cfg: RunConfig
-    labels: Labels
-    codes: dict[Split, np.ndarray]
-    skipped: SkippedImages
-
-    @property
-    def num_images(self) -> int:
-        return sum(int((codes != UNUSED).sum()) for codes in self.codes.values())
-
-    def first_sample_id(self, split: Split) -> int:
-        """Rows of the source are numbered through its splits."""
-        before = self.source.splits[: self.source.splits.index(split)]
-        return sum(self.source.num_rows(earlier) for earlier in before)
-
-
 @dataclass
 class _Written:
     statistics: ChannelStatistics
@@ -129,25 +97,8 @@ class _Written:
     class_rows: dict[Split, np.ndarray] = field(default_factory=dict)
 
 
-def _first_shape(job: _Job) -> tuple[int, int, int]:
-    # The first image in stored order decides, not the first one read: errors must not depend on the seed.
-    wanted = job.codes["train"] == TRAIN
-    images = job.source.read("train", wanted, seed=None)
-    for row, cell in images:
-        try:
-            channels, height, width = decode_image(cell, job.cfg.data.image_size).shape
-        except Undecodable as error:
-            job.skipped.check(job.source.where("train", row, "image"), str(error))
-            continue
-        return channels, height, width
-    raise DataError(
-        f"{job.source.name}: split train is empty: none of its {int(wanted.sum())} images can be decoded",
-        "replace the data set",
-    )
-
-
 def _write(
-    store: Store, layout: RunLayout, job: _Job, spec: TensorSpec, attempt: str, written: _Written
+    store: Store, layout: RunLayout, job: Survey, spec: TensorSpec, attempt: str, written: _Written
 ) -> Iterator[Event]:
     prefix = layout.ingest_attempt(attempt)
     shard_bytes = job.cfg.storage.shard_bytes
@@ -159,7 +110,7 @@ def _write(
             )
             for split in SPLITS
         ]
-        yield from _fill(job, spec.shape, writers, written)
+        yield from _fill(job, writers, written)
         written.shards = {split: tuple(writer.close()) for split, writer in zip(SPLITS, writers, strict=True)}
 
 
@@ -167,14 +118,12 @@ def _make_key(layout: RunLayout, prefix: str, split: str) -> Any:
     return lambda shard_idx: layout.ingest_shard(prefix, split, shard_idx)
 
 
-def _fill(
-    job: _Job, shape: Sequence[int], writers: list[ShardWriter], written: _Written
-) -> Iterator[Progress]:
+def _fill(job: Survey, writers: list[ShardWriter], written: _Written) -> Iterator[Progress]:
     num_classes = len(job.labels.class_names)
     written.class_rows = {split: np.zeros(num_classes, np.int64) for split in SPLITS}
     started_s = reported_s = time.monotonic()
     done, total = 0, job.num_images
-    for split, batch in _decoded(job, shape):
+    for split, batch in _decoded(job):
         _append(job, split, batch, writers, written)
         done += len(batch.rows) + len(batch.bad)
         now_s = time.monotonic()
@@ -184,8 +133,7 @@ def _fill(
             yield Progress(stage=STAGE, phase="read", done=done, total=total, images_per_s=rate)
 
 
-def _decoded(job: _Job, shape: Sequence[int]) -> Iterator[tuple[Split, DecodedBatch]]:
-    channels, height, width = shape
+def _decoded(job: Survey) -> Iterator[tuple[Split, DecodedBatch]]:
     data = job.cfg.data
     for split in job.source.splits:
 
@@ -195,7 +143,7 @@ def _decoded(job: _Job, shape: Sequence[int]) -> Iterator[tuple[Split, DecodedBa
         images = job.source.read(split, job.codes[split] != UNUSED, job.cfg.train.seed)
         for batch in decode_stream(
             images,
-            shape=(channels, height, width),
+            shape=job.image_shape,
             image_size=data.image_size,
             threads=data.decode_threads,
             where=where,
@@ -206,7 +154,7 @@ def _decoded(job: _Job, shape: Sequence[int]) -> Iterator[tuple[Split, DecodedBa
 
 
 def _append(
-    job: _Job, source_split: Split, batch: DecodedBatch, writers: list[ShardWriter], written: _Written
+    job: Survey, source_split: Split, batch: DecodedBatch, writers: list[ShardWriter], written: _Written
 ) -> None:
     labels = job.labels.by_split[source_split][batch.rows]
     codes = job.codes[source_split][batch.rows]
@@ -222,7 +170,7 @@ def _append(
             written.statistics.add(images_NCHW)
 
 
-def _check_written(job: _Job, written: _Written) -> None:
+def _check_written(job: Survey, written: _Written) -> None:
     # Only skipped images can leave a gap here: the labels were checked before.
     for split, class_rows in written.class_rows.items():
         if not class_rows.any():
@@ -240,12 +188,12 @@ def _check_written(job: _Job, written: _Written) -> None:
         )
 
 
-def _facts(job: _Job, shape: Sequence[int], written: _Written) -> dict[str, Any]:
+def _facts(job: Survey, written: _Written) -> dict[str, Any]:
     return {
         "dataset": job.source.name,
         "num_classes": len(job.labels.class_names),
         "class_names": list(job.labels.class_names),
-        "image_shape": list(shape),
+        "image_shape": list(job.image_shape),
         "mean": written.statistics.mean(),
         "std": written.statistics.std(),
         "split_rows": {split: int(rows.sum()) for split, rows in written.class_rows.items()},

@@ -171,9 +171,7 @@ class _Run:
             return done
 
         def make_task(attempt: str, num_attempts: int, shrunk: int) -> AssembleTask:
-            return AssembleTask(
-                config=self.config, plan=plan, attempt=attempt, num_threads=self.num_threads
-            )
+            return AssembleTask(config=self.config, plan=plan, attempt=attempt, num_threads=self.num_threads)
 
         self.runner.run("model", MODEL_STAGE, make_task, self.resources)
         return read_model(self.store, self.layout)

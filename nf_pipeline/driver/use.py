@@ -17,7 +17,7 @@ import torch
 from nf_pipeline.config import DataConfig
 from nf_pipeline.core.exit_model import ExitModel, Normalise
 from nf_pipeline.data.images import open_images, open_labelled
-from nf_pipeline.driver.run_record import load_run, load_plan
+from nf_pipeline.driver.run_record import load_plan, load_run
 from nf_pipeline.errors import ConfigError, DataError, StorageError
 from nf_pipeline.model_files import load_model
 from nf_pipeline.run_uri import split_run_uri
@@ -108,7 +108,9 @@ def predict(uri: str, images: str, output: str, batch_size: int = 256) -> dict[s
                 rows += len(ids)
         partial.replace(target)
     except OSError as error:
-        raise StorageError(f"predictions cannot be written: {error.strerror}", output, "give a writable --output") from None
+        raise StorageError(
+            f"predictions cannot be written: {error.strerror}", output, "give a writable --output"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
     return {"rows": rows, "output": output, "exit": model.card.exit_layer}
@@ -138,7 +140,9 @@ def export(uri: str, format_name: str, output: str) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         writers[format_name](model, target)
     except OSError as error:
-        raise StorageError(f"the model cannot be written: {error.strerror}", output, "give a writable --output") from None
+        raise StorageError(
+            f"the model cannot be written: {error.strerror}", output, "give a writable --output"
+        ) from None
     return str(target)
 
 

@@ -24,7 +24,6 @@ from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of,
 from nf_pipeline.storage.shards import ShardInfo
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.units import format_bytes
-from nf_pipeline.worker.tasks import BlockTask, block_fingerprint
 from nf_pipeline.worker.checkpoint import (
     CheckpointRecord,
     find_checkpoint,
@@ -38,6 +37,7 @@ from nf_pipeline.worker.loss_guard import LossGuard
 from nf_pipeline.worker.runtime import seed_everything, set_threads, worker_name
 from nf_pipeline.worker.schedule import learning_rate, peak_learning_rate, warmup_steps
 from nf_pipeline.worker.stage_input import read_input
+from nf_pipeline.worker.tasks import BlockTask, block_fingerprint
 from nf_pipeline.worker.write_activations import activation_spec, shards_bytes, write_activations
 
 PROGRESS_EVERY_S = 1.0

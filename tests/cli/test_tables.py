@@ -81,7 +81,7 @@ def test_plan_text_has_a_row_per_block_with_the_reason() -> None:
     placement = {"executor": "ray", "address": "head:6379", "device": "auto"}
     text = plan_text(two_block_plan(), placement)
     first, second = (line for line in text.splitlines() if line.strip().startswith(("1/2", "2/2")))
-    assert first.split("  ")[-1] == "the next unit's batch differs by 50 %"
+    assert "block 1: the next unit's batch differs by 50 %" in text.splitlines()
     assert "0-1" in first and "48" in first and "60.0/64.0 MiB (94 %)" in first and "2.0 MiB" in first
     assert "2-2" in second and "128" in second and "32.0/64.0 MiB (50 %)" in second
     assert "convnet: 3 layers, 1 units, 12.3 k parameters, images 1x8x8, 10 classes, budget 64.0 MiB" in text

@@ -115,21 +115,14 @@ def test_plan_predicts_the_peaks_of_the_run(trained) -> None:
     assert [path.name for path in folder.iterdir()] == ["nf-runs"]
 
 
-def test_plan_as_text_has_a_row_per_block(trained) -> None:
-    folder, _ = trained
-    text = run_ok(folder, "plan", *SMALL, "--epochs", "1").stdout
-    num_blocks = len(read_summary(folder)["blocks"])
-    assert f"{num_blocks}/{num_blocks}" in text
-    assert "in this process, device cpu" in text
-
-
 def test_budget_that_fits_nothing_ends_with_3_and_the_smallest_that_works(tmp_path: Path) -> None:
     done = run(tmp_path, "plan", *SMALL, "--memory-budget", "64KiB")
     assert done.returncode == 3
     smallest = re.search(r"Fix: --memory-budget (\d+)", done.stderr)
     assert smallest, done.stderr
-    run_ok(tmp_path, "plan", *SMALL, "--memory-budget", smallest.group(1))
-    assert run(tmp_path, "plan", *SMALL, "--memory-budget", str(int(smallest.group(1)) - 1)).returncode == 3
+    text = run_ok(tmp_path, "plan", *SMALL, "--memory-budget", smallest.group(1)).stdout
+    assert "1/" in text and "in this process, device cpu" in text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_evaluate_lists_every_exit_and_marks_the_chosen_one(trained) -> None:
@@ -152,11 +145,10 @@ def test_predict_writes_one_row_per_image(trained, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["rows"] == pq.read_table(output).num_rows == 1797
 
 
-@pytest.mark.parametrize("format_name", ["safetensors", "torch-export"])
-def test_export_prints_where_it_wrote(trained, tmp_path: Path, format_name: str) -> None:
+def test_export_prints_where_it_wrote(trained, tmp_path: Path) -> None:
     folder, _ = trained
-    target = tmp_path / "model"
-    done = run_ok(folder, "export", "nf-runs/run", "--format", format_name, "--output", str(target))
+    target = tmp_path / "model.safetensors"
+    done = run_ok(folder, "export", "nf-runs/run", "--format", "safetensors", "--output", str(target))
     assert Path(done.stdout.strip()).exists()
 
 

@@ -1,11 +1,16 @@
-"""LiveBytes against byte counts worked out by hand."""
+"""LiveBytes against byte counts worked out by hand, and once against the allocator."""
 
 import gc
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from nf_pipeline.core.memory import CudaPeak, LiveBytes, measure_peak
 
@@ -174,6 +179,43 @@ def test_an_error_inside_leaves_the_meter() -> None:
         torch.ones(3) + torch.ones(4)
     floats(KIB)
     assert meter.peak_bytes == 7 * 4
+
+
+def allocator_peak(run: Callable[[], object], trace: Path) -> int:
+    """The most bytes that the CPU allocator handed out while running, above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text(encoding="utf8"))["traceEvents"]
+    allocations = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(itertools.accumulate(num_bytes for _, num_bytes in allocations))
+
+
+def test_the_peak_of_a_training_step_is_that_of_the_cpu_allocator(tmp_path: Path) -> None:
+    # Small channels: a large convolution's backward pass takes scratch that is no tensor, see the module.
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 256, 10),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+
+    def step() -> None:
+        loss = model(torch.randn(32, 3, 32, 32)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    meter = LiveBytes(CPU)
+    with meter:
+        step()
+    assert meter.peak_bytes == pytest.approx(allocator_peak(step, tmp_path / "trace.json"), rel=0.01)
 
 
 def test_measure_peak_picks_the_meter_of_the_device() -> None:

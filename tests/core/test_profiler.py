@@ -125,8 +125,10 @@ def memtracker_peak(units: Sequence[LocalUnit], in_shape: Shape, batch_size: int
     return tracker.get_tracker_snapshot("peak")[CPU]["Total"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "unit_layers"), [("convnet", 1), ("vgg11_bn", 3), ("resnet18", 3)])
+@pytest.mark.parametrize(
+    ("name", "unit_layers", "precision"),
+    [("convnet", 1, "fp32"), ("convnet", 1, "bf16"), ("vgg11_bn", 3, "fp32"), ("resnet18", 3, "bf16")],
+)
 def test_predictions_equal_those_of_torchs_memtracker(name: str, unit_layers: int, precision: str) -> None:
     cfg = TrainConfig(precision=precision)
     network = make_network(name, unit_layers)
@@ -284,7 +286,5 @@ def test_gpu_profile_is_at_least_the_tensor_bytes() -> None:
     network = make_network("convnet", 3, 16)
     for unit, in_shape in zip(network.units, network.in_shapes, strict=True):
         tensors = predict_block_peak([unit], in_shape, 16, train=TrainConfig(), device=CPU)
-        measured = predict_block_peak(
-            [unit], in_shape, 16, train=TrainConfig(), device=torch.device("cuda")
-        )
+        measured = predict_block_peak([unit], in_shape, 16, train=TrainConfig(), device=torch.device("cuda"))
         assert measured >= 0.9 * tensors

@@ -126,7 +126,15 @@ def test_at_most_two_windows_are_alive(write, monkeypatch):
             most.append(len(alive))
         return shard
 
+    at_next_fetch = []
+    real_fetch = ShardReader._fetch
+
+    def fetch(self, pool, window):
+        at_next_fetch.append(len(alive))
+        return real_fetch(self, pool, window)
+
     monkeypatch.setattr(reader_module, "read_shard", counted)
+    monkeypatch.setattr(ShardReader, "_fetch", fetch)
     reader = ShardReader(
         written.store, written.shards, written.spec, batch_size=7, window_shards=3, prefetch_threads=4
     )
@@ -140,6 +148,7 @@ def test_at_most_two_windows_are_alive(write, monkeypatch):
     assert total == 400
     assert len(most) == 40
     assert 3 < max(most) <= 6
+    assert max(at_next_fetch) == 3  # the window before is gone when the window after is asked for
     assert not alive
 
 
