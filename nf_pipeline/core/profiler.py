@@ -1,14 +1,14 @@
 """Predicts the device bytes of a training step before anything is trained, and fits them as a line per unit.
 
-For the CPU the worker's own `train_step` runs on fake tensors under the worker's own meter, `LiveBytes`: no memory is
-taken, and the count is exact for tensor storages. On a GPU the step really runs and the caching allocator is asked,
-because kernels take workspaces that no fake shows.
+For the CPU the worker's own `train_step` runs on fake tensors under the worker's own meter, `LiveBytes`: no
+memory is taken, and the count is exact for tensor storages. On a GPU the step really runs and the caching
+allocator is asked, because kernels take workspaces that no fake shows.
 
-Each moment of the step holds bytes that are linear in the batch size; the peak, their maximum, is convex. So a line
-that lies above the smallest and the largest probe lies above the peak everywhere between them.
+Each moment of the step holds bytes that are linear in the batch size; the peak, their maximum, is convex. So a
+line that lies above the smallest and the largest probe lies above the peak everywhere between them.
 
-torch's `MemTracker` counts the same bytes; it is the oracle of this module's tests and not used here, because every
-operator costs it a walk over all modules, which makes whole blocks several times slower to verify.
+torch's `MemTracker` counts the same bytes; it is the oracle of this module's tests and not used here, because
+every operator costs it a walk over all modules: whole blocks take several times longer to verify.
 
 Knows nothing of budgets and blocks. Entry: `profile_units`, and `StepProbe` for a whole block.
 """
@@ -102,7 +102,7 @@ class StepProbe:
                 )
         except _UNTRACEABLE as error:
             raise ConfigError(
-                f"model: memory cannot be predicted, because an operator needs values and not only shapes: {error}",
+                f"model: its memory cannot be predicted, an operator needs values and not only shapes: {error}",
                 "remove data-dependent operators (such as nonzero or item) from the model",
             ) from error
 
@@ -164,16 +164,19 @@ def predict_block_peak(
 
 
 def probe_batch_sizes(min_batch_size: int, max_batch_size: int) -> list[int]:
-    """Returns three batch sizes to profile: both ends of what a plan may choose (2 apart at least) and the middle."""
+    """Returns three batch sizes to profile: both ends of what a plan may choose and the middle.
+
+    Where the ends are less than 2 apart the last one lies beyond.
+    """
     last = max(max_batch_size, min_batch_size + 2)
     return [min_batch_size, (min_batch_size + last) // 2, last]
 
 
 def fit_line(peak_bytes: dict[int, int]) -> tuple[int, int]:
-    """Fits peak <= slope * batch + intercept: the line through both ends, raised until no point lies above it.
+    """Fits peak <= slope * batch + intercept: the line through both ends, raised until no point is above it.
 
-    Of all lines above convex points this is the lowest one, and exact for the smallest batch, which decides whether
-    a budget fits at all. (Least squares, raised alike, lies above it everywhere.)
+    Of all lines above convex points this is the lowest one, and exact for the smallest batch, which decides
+    whether a budget fits at all. (Least squares, raised alike, lies above it everywhere.)
 
     Args:
         peak_bytes: at least two batch sizes.
@@ -209,7 +212,7 @@ def count_params(module: nn.Module) -> int:
 
 
 def _fake_copy(module: ModuleT, fakes: FakeTensorMode) -> ModuleT:
-    """Copies a module with fake parameters and buffers: deepcopy finds them in its memo and copies no data."""
+    """Copies a module with fake parameters and buffers: deepcopy finds them in its memo, no data is copied."""
     memo: dict[int, object] = {}
     for buffer in module.buffers():
         memo[id(buffer)] = fakes.from_tensor(buffer)

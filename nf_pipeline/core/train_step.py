@@ -1,8 +1,8 @@
 """One mini-batch through a block: unit after unit, each with its own loss, backward pass and optimiser step.
 
-The profiler runs this very code on fake tensors and the worker on real ones, so the predicted bytes are those of
-the code that trains. Knows nothing of data, schedules, checkpoints or what a loss should look like: losses stay
-tensors, because reading one (`.item()`) would wait for the GPU at every step. Entry function: `train_step`.
+The profiler runs this very code on fake tensors and the worker on real ones, so the predicted bytes are those
+of the code that trains. Knows nothing of data, schedules, checkpoints or what a loss should look like: losses
+stay tensors, because reading one (`.item()`) would wait for the GPU at every step. Entry function: `train_step`.
 
 Shapes: N batch, C channels, H, W, K classes.
 """
@@ -65,8 +65,8 @@ def train_step(
 ) -> list[torch.Tensor]:
     """Trains every unit of a block on one mini-batch; gradients stop at each unit's input.
 
-    A unit's activations are free before the next unit starts. So is the batch, if the caller keeps no name for it:
-    `train_step(units, optimizers, to_device(batch), ...)`.
+    A unit's activations are free before the next unit starts. So is the batch, if the caller keeps no name
+    for it: `train_step(units, optimizers, to_device(batch), ...)`.
 
     Args:
         units: in order, in train mode.
@@ -130,5 +130,5 @@ def _train_unit(
 def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
     if precision == "fp32":
         return contextlib.nullcontext()
-    # The cache would keep bf16 copies of the whole block's weights: above the training peak in `forward_block`.
+    # The cache would keep bf16 copies of all the block's weights: `forward_block` would exceed training's peak.
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)

@@ -145,23 +145,23 @@ def _list_s3(uri: str) -> FileSet:
 
 def _open_s3(uri: str) -> Any:
     # The one place that connects: its environment, timeouts, retries and wording count here too.
-    from nf_pipeline.storage.s3 import _connect
+    from nf_pipeline.storage.s3 import connect
 
-    return _connect(uri)
+    return connect(uri)
 
 
 def _read_errors(remote: bool) -> tuple[type[Exception], ...]:
     if not remote:
         return (OSError,)
-    from nf_pipeline.storage.s3 import _failures
+    from nf_pipeline.storage.s3 import s3_failures
 
-    return _failures()
+    return s3_failures()
 
 
 def _store_failed(uri: str, file: DataFile, error: Exception) -> StorageError:
-    from nf_pipeline.storage.s3 import _explained
+    from nf_pipeline.storage.s3 import explain_failure
 
-    return _explained(error, f"{file.name} cannot be read", uri)
+    return explain_failure(error, f"{file.name} cannot be read", uri)
 
 
 def _hidden(parts: tuple[str, ...]) -> bool:

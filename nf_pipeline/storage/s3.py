@@ -74,7 +74,7 @@ class S3Store:
         self.uri = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
-        self._files = _connect(self.uri)
+        self._files = connect(self.uri)
         self._conditional: bool | None = None
         self._probe_lock = threading.Lock()
 
@@ -90,14 +90,14 @@ class S3Store:
         try:
             # One stream per object: s3fs would ask for the size first, and split what is larger than 50 MiB.
             return self._files.cat_file(path, max_concurrency=1, timeout=OPERATION_TIMEOUT_S)
-        except _failures() as error:
+        except s3_failures() as error:
             raise self._explain(error, "read", key) from None
 
     def put(self, key: str, data: Data) -> None:
         """Writes a whole object (see `Store.put`)."""
         try:
             self._pipe(key, data)
-        except _failures() as error:
+        except s3_failures() as error:
             raise self._explain(error, "write", key) from None
 
     def create(self, key: str, data: Data) -> None:
@@ -185,7 +185,7 @@ class S3Store:
         """Returns None where the object was written, otherwise S3's code of a condition that did not hold."""
         try:
             self._pipe(key, data, mode="create", Metadata={_MARK: mark})
-        except _failures() as error:
+        except s3_failures() as error:
             code = _code_of(error)
             if code in (*_TAKEN, *_CONFLICT, *_NO_CONDITIONS):
                 return code
@@ -207,7 +207,7 @@ class S3Store:
     def _call(self, verb: str, key: str, method: str, **arguments: Any) -> dict[str, Any]:
         try:
             return self._files.call_s3(method, Bucket=self._bucket, timeout=OPERATION_TIMEOUT_S, **arguments)
-        except _failures() as error:
+        except s3_failures() as error:
             raise self._explain(error, verb, key, method) from None
 
     def _name(self, key: str) -> str:
@@ -222,10 +222,10 @@ class S3Store:
             return StorageError(f"bucket {self._bucket} does not exist", self.uri, _FIX_BUCKET)
         if code in _MISSING:
             return ObjectMissing(f"object {key} does not exist", self.uri)
-        return _explained(error, f"cannot {verb} {key}", self.uri)
+        return explain_failure(error, f"cannot {verb} {key}", self.uri)
 
 
-def _connect(uri: str) -> Any:
+def connect(uri: str) -> Any:
     """Makes the client; no request is sent."""
     import s3fs
 
@@ -251,12 +251,12 @@ def _connect(uri: str) -> Any:
         files.connect()
     except ValueError as error:
         raise ConfigError(f"store {uri}: {_redact(str(error))}", "correct AWS_ENDPOINT_URL") from None
-    except _failures() as error:
-        raise _explained(error, "cannot open the store", uri) from None
+    except s3_failures() as error:
+        raise explain_failure(error, "cannot open the store", uri) from None
     return files
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def s3_failures() -> tuple[type[Exception], ...]:
     """Returns what a request may raise: imported late, as only this store needs it."""
     from aiohttp import ClientError as HttpError
     from botocore.exceptions import BotoCoreError, ClientError
@@ -274,7 +274,8 @@ def _code_of(error: BaseException) -> str:
     return ""
 
 
-def _explained(error: Exception, what: str, uri: str) -> StorageError:
+def explain_failure(error: Exception, what: str, uri: str) -> StorageError:
+    """Turns one of `s3_failures` into an error that says what to do, without credentials."""
     from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
     code = _code_of(error)

@@ -153,7 +153,7 @@ def test_export_prints_where_it_wrote(trained, tmp_path: Path) -> None:
 
 
 def test_interrupted_train_ends_with_130_and_a_command_that_continues_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "nf_pipeline", "train", *SMALL, "--epochs", "5"]
+    command = [sys.executable, "-m", "nf_pipeline", "train", *SMALL, "--epochs", "12"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
     )
@@ -170,5 +170,6 @@ def test_interrupted_train_ends_with_130_and_a_command_that_continues_it(tmp_pat
     status = json.loads(run_ok(tmp_path, "status", "nf-runs/run", "--json").stdout)
     assert status["stages"][-1]["state"] == "waiting"
     done = run_ok(tmp_path, *hint.group(1).split(), "--executor", "inline")
-    assert "taken over from a checkpoint" in done.stderr
+    # The signal may arrive while a later block trains, or between two.
+    assert "taken over from a checkpoint" in done.stderr or "block 1/3 | skipped" in done.stderr
     assert read_summary(tmp_path)["blocks"]

@@ -36,8 +36,8 @@ def test_a_freed_tensor_leaves_the_current_bytes_and_stays_in_the_peak() -> None
         x = floats(4 * KIB)
         del x
         assert (meter.current_bytes, meter.peak_bytes) == (0, 4 * KIB)
-        x = floats(KIB)
-    assert (meter.current_bytes, meter.peak_bytes) == (KIB, 4 * KIB)
+        y = floats(KIB)
+    assert (meter.current_bytes, meter.peak_bytes) == (y.nbytes, 4 * KIB)
 
 
 def test_tensors_freed_outside_the_meter_are_noticed() -> None:

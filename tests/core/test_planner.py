@@ -1,5 +1,6 @@
 """Plans of real models: complete, within the budget, and true."""
 
+import itertools
 import json
 from collections.abc import Callable
 
@@ -50,7 +51,7 @@ def test_blocks_and_units_cover_all_layers_in_order(vgg_plan: Plan) -> None:
     ]:
         assert ranges[0][0] == 0
         assert ranges[-1][1] == end
-        assert all(left[1] == right[0] for left, right in zip(ranges, ranges[1:], strict=False))
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(ranges))
     assert len(vgg_plan.blocks) >= 3
 
 
@@ -109,8 +110,7 @@ def test_the_same_configuration_makes_the_same_plan() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("unit_layers", [1, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("unit_layers", "precision"), [(1, "fp32"), (3, "bf16")])
 def test_the_smallest_budget_of_the_error_makes_a_plan_and_one_byte_less_does_not(
     unit_layers: int, precision: str
 ) -> None:
