@@ -5,9 +5,9 @@ a GPU `CudaPeak` asks the caching allocator. Both answer the same questions (`Pe
 fake tensors too, so prediction and measurement share one definition of a byte.
 
 What is counted: tensor storages, each once however many views it has. What is not: the CUDA context, Python,
-and on the CPU two things: scratch inside a kernel (oneDNN reorders: about one copy of a convolution's weights,
-18 % of a step of 512 -> 512 channels) and the loader's host buffers, which play the part of pinned host memory:
-a batch counts from its conversion to float32 on.
+and on the CPU two things: scratch inside a kernel (oneDNN reorders: about one copy of a convolution's
+weights, 18 % of a step of 512 -> 512 channels) and the loader's host buffers, which play the part of pinned
+host memory: a batch counts from its conversion to float32 on.
 
 Does not know units, budgets or training. Entry function: `measure_peak`.
 """

@@ -1,7 +1,7 @@
 """Groups units into blocks and gives each block its batch size, from profiles and a budget.
 
-Integers only, so that a plan is the same on every machine, and no torch. Bytes of a block at batch b, when its
-units train one after the other:
+Integers only, so that a plan is the same on every machine, and no torch. Bytes of a block at batch b, when
+its units train one after the other:
 
     peak(b) = max over units u of (bytes_per_sample_u * b + constant_bytes_u + resident_bytes of all others)
 
@@ -138,7 +138,5 @@ def _limit_reason(
 ) -> str:
     if batch_size == cfg.max_batch_size:
         return f"batch {batch_size} is memory.max_batch_size"
-    worst = max(
-        range(len(units)), key=lambda idx: units[idx].peak_bytes(batch_size + 1) - units[idx].resident_bytes
-    )
-    return f"batch {batch_size} is what {names[worst]} leaves room for"
+    needed = [unit.peak_bytes(batch_size + 1) - unit.resident_bytes for unit in units]
+    return f"batch {batch_size} is what {names[needed.index(max(needed))]} leaves room for"

@@ -4,8 +4,8 @@ For the CPU the worker's own `train_step` runs on fake tensors under the worker'
 memory is taken, and the count is exact for tensor storages. On a GPU the step really runs and the caching
 allocator is asked, because kernels take workspaces that no fake shows.
 
-Each moment of the step holds bytes that are linear in the batch size; the peak, their maximum, is convex. So a
-line that lies above the smallest and the largest probe lies above the peak everywhere between them.
+Each moment of the step holds bytes that are linear in the batch size; the peak, their maximum, is convex. So
+a line that lies above the smallest and the largest probe lies above the peak everywhere between them.
 
 torch's `MemTracker` counts the same bytes; it is the oracle of this module's tests and not used here, because
 every operator costs it a walk over all modules: whole blocks take several times longer to verify.
@@ -102,7 +102,7 @@ class StepProbe:
                 )
         except _UNTRACEABLE as error:
             raise ConfigError(
-                f"model: its memory cannot be predicted, an operator needs values and not only shapes: {error}",
+                f"model: its memory cannot be predicted, an operator needs values, not only shapes: {error}",
                 "remove data-dependent operators (such as nonzero or item) from the model",
             ) from error
 
@@ -212,7 +212,7 @@ def count_params(module: nn.Module) -> int:
 
 
 def _fake_copy(module: ModuleT, fakes: FakeTensorMode) -> ModuleT:
-    """Copies a module with fake parameters and buffers: deepcopy finds them in its memo, no data is copied."""
+    """Copies a module with fake weights and buffers: deepcopy finds them in its memo, no data is copied."""
     memo: dict[int, object] = {}
     for buffer in module.buffers():
         memo[id(buffer)] = fakes.from_tensor(buffer)

@@ -2,7 +2,8 @@
 
 The profiler runs this very code on fake tensors and the worker on real ones, so the predicted bytes are those
 of the code that trains. Knows nothing of data, schedules, checkpoints or what a loss should look like: losses
-stay tensors, because reading one (`.item()`) would wait for the GPU at every step. Entry function: `train_step`.
+stay tensors, because reading one (`.item()`) would wait for the GPU at every step. Entry function:
+`train_step`.
 
 Shapes: N batch, C channels, H, W, K classes.
 """
@@ -130,5 +131,5 @@ def _train_unit(
 def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
     if precision == "fp32":
         return contextlib.nullcontext()
-    # The cache would keep bf16 copies of all the block's weights: `forward_block` would exceed training's peak.
+    # The cache would keep bf16 copies of all weights of the block: more than training's peak in `forward_block`.
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)

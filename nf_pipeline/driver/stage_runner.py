@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nf_pipeline.driver.event_log import EventLog
-from nf_pipeline.errors import InternalError, NFError, ObjectCorrupt
+from nf_pipeline.errors import AlreadyExists, InternalError, NFError, ObjectCorrupt
 from nf_pipeline.events import Note, StageDone, StageFailed, StageSkipped
 from nf_pipeline.executors.base import Executor, Resources
 from nf_pipeline.retry import Decision, decide
@@ -62,7 +62,8 @@ class StageRunner:
         """Runs attempts at a stage until one is done or the retry table gives up.
 
         Returns:
-            The result of the attempt that finished.
+            The result of the attempt that finished; empty if it found another one's commit. What counts is the
+            manifest.
 
         Raises:
             NFError: as the last attempt raised it.
@@ -74,6 +75,10 @@ class StageRunner:
             try:
                 task = make_task(attempt, attempts_before + attempts, shrunk)
                 return self._attempt(stage_name, stage, task, resources)
+            except AlreadyExists:
+                # An attempt that was given up for lost can still finish first: its commit counts.
+                self._log.add(Note(stage=stage_name, text=f"attempt {attempt}: another one committed first"))
+                return {}
             except NFError as error:
                 self._log.add(
                     StageFailed(

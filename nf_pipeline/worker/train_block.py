@@ -59,9 +59,18 @@ def train_block(task: BlockTask) -> Iterator[Event]:
     set_threads(task.num_threads)
     attempt = _Attempt(task, open_store(task.config.storage.uri))
     yield attempt.started()
-    for epoch in range(attempt.record.epoch, task.config.train.epochs):
-        yield from attempt.train_epoch(epoch)
-    shards = yield from attempt.write()
+    try:
+        for epoch in range(attempt.record.epoch, task.config.train.epochs):
+            yield from attempt.train_epoch(epoch)
+        shards = yield from attempt.write()
+    except torch.OutOfMemoryError as error:
+        # The allocator enforces the budget on a GPU: this is the same fact as a measured peak above it.
+        raise OutOfBudget(
+            task.stage,
+            f"the device ran out of memory at batch {task.batch_size}, "
+            f"budget {format_bytes(task.plan.budget_bytes)}: {error}",
+            "raise --set memory.safety_margin",
+        ) from None
     result = attempt.commit(shards)
     yield StageDone(stage=task.stage, result=result, seconds=time.monotonic() - began)
 

@@ -76,7 +76,7 @@ def oracle_batch(units: list[UnitProfile], available: Fraction, cap: int) -> int
 def oracle_partition(
     units: list[UnitProfile], budget: int, cfg: MemoryConfig
 ) -> list[tuple[int, int, int]] | None:
-    """METHOD section 4 word for word; None where a unit alone takes no allowed batch."""
+    """The joining rule spelled out, unit by unit; None where a unit alone takes no allowed batch."""
     available = budget * (1 - Fraction(str(cfg.safety_margin)))
     threshold = Fraction(str(cfg.join_threshold))
     alone = [oracle_batch([unit], available, cfg.max_batch_size) for unit in units]

@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from nf_pipeline import load_model
+from nf_pipeline.config import DataConfig, resolve_config
+from nf_pipeline.driver.preview import preview_plan
+from nf_pipeline.driver.run import train
+from nf_pipeline.driver.run_record import load_plan
+from nf_pipeline.driver.use import evaluate, export, predict
+from nf_pipeline.errors import ConfigError, DataError, ObjectMissing
+from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.store import open_store
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    """One finished run on all digits, and its summary."""
+    store = tmp_path_factory.mktemp("runs")
+    config = resolve_config(
+        flags={
+            "memory.budget_bytes": "4MiB",
+            "train.epochs": 3,
+            "train.unit_layers": 2,
+            "storage.uri": str(store),
+            "cluster.executor": "inline",
+            "cluster.num_threads": 1,
+            "train.device": "cpu",
+        }
+    )
+    return f"{store}/run", train(config)
+
+
+def test_evaluate_on_the_training_data_is_about_as_good_as_validation_says(finished: tuple[str, dict]) -> None:
+    uri, summary = finished
+    rows = evaluate(uri, DataConfig(source="digits"))
+    assert [row["layer_idx"] for row in rows] == [exit["layer_idx"] for exit in summary["exits"]]
+    assert [row["chosen"] for row in rows].index(True) == summary["chosen_exit"]
+    assert {row["num_images"] for row in rows} == {1797}
+    for row, exit in zip(rows, summary["exits"], strict=True):
+        assert row["accuracy"] == pytest.approx(exit["val_accuracy"], abs=0.06)
+
+
+def test_predictions_agree_with_the_loaded_model_for_any_batch_size(
+    finished: tuple[str, dict], tmp_path: Path
+) -> None:
+    uri, _ = finished
+    done = predict(uri, "digits", str(tmp_path / "a.parquet"), 256)
+    predict(uri, "digits", str(tmp_path / "b.parquet"), 100)
+    a, b = (pq.read_table(tmp_path / name) for name in ("a.parquet", "b.parquet"))
+    assert done["rows"] == len(a) == 1797
+    assert a["label"].equals(b["label"])
+    assert len(set(a["id"].to_pylist())) == 1797
+    labels = evaluate(uri, DataConfig(source="digits"))
+    chosen = next(row for row in labels if row["chosen"])
+    truth = pq.read_table("nf_pipeline/data/digits.parquet")["label"].to_numpy()
+    assert (a["label"].to_numpy() == truth).mean() == pytest.approx(chosen["accuracy"])
+
+
+def test_prediction_of_an_image_folder_resizes_to_the_model(
+    finished: tuple[str, dict], tmp_path: Path
+) -> None:
+    uri, _ = finished
+    for name, size in (("small.png", 8), ("large.png", 40)):
+        Image.fromarray(np.full((size, size), 128, np.uint8)).save(tmp_path / name)
+    predict(uri, str(tmp_path), str(tmp_path / "out.parquet"))
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert sorted(table["id"].to_pylist()) == ["large.png", "small.png"]
+    assert all(0.1 <= p <= 1.0 for p in table["probability"].to_pylist())
+
+
+def test_failed_prediction_leaves_the_older_output_alone(finished: tuple[str, dict], tmp_path: Path) -> None:
+    uri, _ = finished
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "broken.png").write_bytes(b"no image")
+    output = tmp_path / "out.parquet"
+    output.write_bytes(b"older")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        predict(uri, str(images), str(output))
+    assert output.read_bytes() == b"older"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_exported_program_computes_what_the_model_computes(finished: tuple[str, dict], tmp_path: Path) -> None:
+    uri, _ = finished
+    path = export(uri, "torch-export", str(tmp_path / "model.pt2"))
+    program = torch.export.load(path).module()
+    model = load_model(uri)
+    for num_images in (1, 2, 7):
+        pixels_NCHW = torch.randint(0, 256, (num_images, *model.card.image_shape), dtype=torch.uint8)
+        torch.testing.assert_close(program(pixels_NCHW), model(pixels_NCHW))
+
+
+def test_exported_safetensors_hold_every_weight(finished: tuple[str, dict], tmp_path: Path) -> None:
+    uri, summary = finished
+    export(uri, "safetensors", str(tmp_path / "model.safetensors"))
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    model = load_model(uri)
+    assert sum(tensors[name].numel() for name, _ in model.named_parameters()) == summary["params_final"]
+    assert (tmp_path / "model.json").exists()
+
+
+def test_unknown_export_format_is_refused(finished: tuple[str, dict], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pickle"):
+        export(finished[0], "pickle", str(tmp_path / "model"))
+
+
+def test_model_of_an_unfinished_run_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ObjectMissing):
+        load_model(f"{tmp_path}/absent")
+
+
+def test_preview_decides_what_the_run_decides(finished: tuple[str, dict]) -> None:
+    uri, _ = finished
+    store = uri.rsplit("/", 1)[0]
+    config = resolve_config(flags={"memory.budget_bytes": "4MiB", "train.unit_layers": 2, "train.device": "cpu"})
+    previewed = preview_plan(config)
+    ran = load_plan(open_store(store), RunLayout("run"))
+    assert previewed.blocks == ran.blocks
+    assert previewed.layers == ran.layers
