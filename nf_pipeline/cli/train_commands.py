@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from nf_pipeline.cli.interrupts import interruptible
 from nf_pipeline.cli.options import (
     config_from,
     config_options,
@@ -20,26 +21,9 @@ from nf_pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from nf_pipeline.cli.progress import ProgressDisplay
+    from nf_pipeline.events import Event
 
 EXAMPLE = "nf-pipeline {} --data digits --model vgg11_bn --memory-budget 64MiB"
-
-
-class Interrupted(click.ClickException):
-    """The user pressed Ctrl-C; what is stored is enough to continue.
-
-    Args:
-        run_uri: STORE/NAME of the run.
-    """
-
-    exit_code = 130
-
-    def __init__(self, run_uri: str) -> None:
-        super().__init__(f"interrupted; continue with: nf-pipeline resume {run_uri}")
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Prints the text without click's "Error:"; nothing went wrong."""
-        print(self.message, file=file or sys.stderr)
 
 
 @click.command(
@@ -57,7 +41,7 @@ def plan_command(*, as_json: bool, **given: Any) -> None:
     """
     from nf_pipeline.cli.tables import plan_text
 
-    config = config_from(given)
+    config = config_from(given)  # a typo is reported before torch is loaded, which takes seconds
     from nf_pipeline.driver.preview import preview_plan
 
     plan = preview_plan(config)
@@ -120,17 +104,21 @@ def resume_command(uri: str, executor: str | None, address: str | None, as_json:
 
 
 @contextmanager
-def _displayed(run_uri: str, *, quiet: bool) -> Iterator[ProgressDisplay]:
+def _displayed(run_uri: str, *, quiet: bool) -> Iterator[Callable[[Event], None]]:
     from nf_pipeline.cli.progress import open_progress
     from nf_pipeline.driver.status import read_plan
 
-    progress = open_progress(sys.stderr, plan=read_plan(run_uri), quiet=quiet)
+    display = open_progress(sys.stderr, plan=read_plan(run_uri), quiet=quiet)
     try:
-        yield progress
-    except KeyboardInterrupt:
-        raise Interrupted(run_uri) from None
+        with interruptible(run_uri) as check:
+
+            def listen(event: Event) -> None:
+                check()
+                display(event)
+
+            yield listen
     finally:
-        progress.close()
+        display.close()
 
 
 def _cluster(executor: str | None, address: str | None) -> Any:

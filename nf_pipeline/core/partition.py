@@ -128,7 +128,7 @@ def _grow(
         if abs(alone - reference) > threshold * reference:
             return stop, f"{names[stop]} takes batch {alone}, this block's first unit {reference}"
         joint = feasible_batch(units[start : stop + 1], available, cfg.max_batch_size)
-        if joint < max((1 - threshold) * reference, cfg.min_batch_size):
+        if joint < (1 - threshold) * reference or joint < cfg.min_batch_size:
             return stop, f"with {names[stop]} the batch would fall from {reference} to {max(joint, 0)}"
     return len(units), "the model ends"
 

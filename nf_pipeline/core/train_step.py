@@ -131,5 +131,5 @@ def _train_unit(
 def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
     if precision == "fp32":
         return contextlib.nullcontext()
-    # The cache would keep bf16 copies of all weights of the block: more than training's peak in `forward_block`.
+    # The cache would keep bf16 copies of all weights: `forward_block` would hold more than training does.
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)

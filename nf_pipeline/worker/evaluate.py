@@ -20,7 +20,7 @@ def count_correct(
     for batch in feed.batches():
         with meter:
             batch.track(meter)
-            _, all_logits = forward_block(units, batch.take_x(), precision, with_heads=True)
+            all_logits = forward_block(units, batch.take_x(), precision, with_heads=True)[1]
             for position, logits_NK in enumerate(all_logits):
                 correct[position] += int((logits_NK.argmax(dim=1) == batch.y_N).sum())
     set_training(units, True)

@@ -62,6 +62,7 @@ def write_activations(
                     units, batch.take_x(), task.config.train.precision, with_heads=False
                 )
             writer.append(_to_bytes(out_NCHW, task), batch.y_N.cpu().numpy(), batch.sample_ids)
+            del out_NCHW  # else it would live on through the next batch's forward pass
             done += len(batch.sample_ids)
             now = time.monotonic()
             if now - reported >= PROGRESS_EVERY_S:
