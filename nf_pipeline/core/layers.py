@@ -26,7 +26,7 @@ class CutModel:
         layers: each maps x_NCHW to the next layer's input.
         tail: the model's own classifier, features -> logits_NK.
         names: per layer, the path of its block or first module with weights in the uncut model.
-        out_shapes: per layer, one sample's output, (C, H, W).
+        out_shapes: per layer, one sample's output: (C, H, W), or (F,) where the last layer already pools.
     """
 
     layers: tuple[nn.Module, ...]

@@ -10,6 +10,15 @@ from nf_pipeline.errors import ConfigError
 SHAPES = [(1, 8, 8), (64, 32, 32), (16, 7, 5), (512, 2, 2), (2048, 1, 1), (3, 1, 9)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small tensors gain nothing from threads, and lose much where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def head_of(name, shape=(16, 8, 8), num_classes=10, seed=0):
     return build_head(name, shape, num_classes, seed)
 

@@ -23,6 +23,15 @@ REGISTRY_CASES = [
 WITHOUT_DROPOUT = [(name, COLOUR) for name in REGISTRY if name != "mobilenet_v2"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small tensors gain nothing from threads, and lose much where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Functional(nn.Module):
     """A plain chain whose activations, pools and reshapes are function and method calls."""
 

@@ -14,6 +14,15 @@ from nf_pipeline.errors import ConfigError
 COLOUR, GREY = (3, 32, 32), (1, 32, 32)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small tensors gain nothing from threads, and lose much where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def build(name, shape=COLOUR, num_classes=10, seed=0):
     return build_model(name, image_shape=shape, num_classes=num_classes, seed=seed)
 

@@ -107,8 +107,8 @@ def _last_worker(events: Path) -> int:
 
 
 def _wait_until(condition: Callable[[], bool], driver: subprocess.Popen | None = None) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not condition():
         assert driver is None or driver.poll() is None, driver.stderr.read()
-        assert time.monotonic() < deadline, "waited 90 s"
+        assert time.monotonic() < deadline, "waited 240 s"
         time.sleep(0.05)
