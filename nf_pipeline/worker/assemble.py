@@ -14,7 +14,7 @@ import torch
 
 from nf_pipeline.config import FORMAT_VERSION, RunConfig
 from nf_pipeline.core.exit_model import ExitModel, build_first_units
-from nf_pipeline.core.exits import ExitCandidate, choose_exit, wilson_interval
+from nf_pipeline.core.exits import ExitCandidate, choose_exit
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.train_step import resolve_device
 from nf_pipeline.errors import ObjectCorrupt
@@ -153,9 +153,7 @@ def _result(
                 "layer_idx": exit.layer_idx,
                 "layer": exit.layer,
                 "val_accuracy": exit.val_accuracy,
-                "val_interval": list(
-                    wilson_interval(round(exit.val_accuracy * exit.num_val), exit.num_val, confidence)
-                ),
+                "val_interval": list(exit.interval(confidence)),
                 "params": exit.params,
                 "flops": exit.flops,
             }
