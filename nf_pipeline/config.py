@@ -77,7 +77,7 @@ class TrainConfig(_Section):
 
     epochs: int = Field(default=8, ge=1, le=100_000)
     """Passes over the train split, per block."""
-    unit_layers: int = Field(default=3, ge=1, le=1000)
+    unit_layers: int = Field(default=2, ge=1, le=1000)
     """Layers per local unit, with backpropagation inside; 1 is the paper's form."""
     head: str = "adaptive"
     """Auxiliary head of each unit: adaptive, classic or mlp_sr."""

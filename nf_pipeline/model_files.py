@@ -17,6 +17,7 @@ from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import checksum_of
 from nf_pipeline.storage.store import Store, open_store
+from nf_pipeline.trust import confirm_factory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +101,12 @@ def read_card(store: Store, layout: RunLayout) -> ModelCard:
     return ModelCard.from_json(document, f"{store.uri}/{layout.model_json}")
 
 
-def load_model(uri: str) -> ExitModel:
+def load_model(uri: str, *, model: str | None = None) -> ExitModel:
     """Loads the final model of a finished run, in inference mode, on the CPU.
 
     Args:
         uri: STORE/NAME, such as "./nf-runs/run" or "s3://bucket/prefix/run".
+        model: the factory, where the run was trained with one; registry models need nothing.
 
     Returns:
         A module that maps pixels_NCHW (0 to 255) to logits_NK; its `card` attribute is the `ModelCard`.
@@ -112,10 +114,12 @@ def load_model(uri: str) -> ExitModel:
     Raises:
         ObjectMissing: the run has no final model (yet).
         ObjectCorrupt: the weights are not those that model.json names.
+        ConfigError: the run names a factory that `model` does not.
     """
     store_uri, run = split_run_uri(uri)
     store, layout = open_store(store_uri), RunLayout(run)
     card = read_card(store, layout)
+    confirm_factory(card.model, model)
     data = bytes(store.get(layout.model_weights))
     if checksum_of(data) != card.weights_checksum:
         raise ObjectCorrupt(
@@ -123,7 +127,7 @@ def load_model(uri: str) -> ExitModel:
             f"{store.uri}/{layout.model_weights}",
             "delete the run's model/ folder and resume the run: it is assembled anew",
         )
-    model = card.build()
-    model.load_state_dict(safetensors.torch.load(data), strict=True)
-    model.card = card
-    return model
+    loaded = card.build()
+    loaded.load_state_dict(safetensors.torch.load(data), strict=True)
+    loaded.card = card
+    return loaded

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from nf_pipeline.cli.options import debug_option, json_option, run_argument
+from nf_pipeline.cli.options import debug_option, factory_option, json_option, run_argument
 
 
 @click.command(
@@ -24,15 +24,18 @@ from nf_pipeline.cli.options import debug_option, json_option, run_argument
     show_default=True,
     help="End with an error, or leave out images that cannot be decoded.",
 )
+@factory_option
 @json_option
 @debug_option
-def evaluate_command(uri: str, data: str, image_size: int | None, on_bad_image: str, as_json: bool) -> None:
+def evaluate_command(
+    uri: str, data: str, image_size: int | None, on_bad_image: str, model: str | None, as_json: bool
+) -> None:
     """Print the accuracy of every exit of a finished run on labelled images."""
     from nf_pipeline.cli.tables import evaluation_text
     from nf_pipeline.config import DataConfig
     from nf_pipeline.driver.use import evaluate
 
-    rows = evaluate(uri, DataConfig(source=data, image_size=image_size, on_bad_image=on_bad_image))
+    rows = evaluate(uri, DataConfig(source=data, image_size=image_size, on_bad_image=on_bad_image), model)
     print(json.dumps(rows) if as_json else evaluation_text(rows))
 
 
@@ -52,9 +55,12 @@ def evaluate_command(uri: str, data: str, image_size: int | None, on_bad_image: 
     metavar="N",
     help="Images per step; any number gives the same predictions.",
 )
+@factory_option
 @json_option
 @debug_option
-def predict_command(uri: str, images: str, output: str, batch_size: int, as_json: bool) -> None:
+def predict_command(
+    uri: str, images: str, output: str, batch_size: int, model: str | None, as_json: bool
+) -> None:
     """Predict labels for images with the final model of a run.
 
     INPUT is Parquet or images, a file or a folder. The output has one row per image: id, predicted label,
@@ -62,7 +68,7 @@ def predict_command(uri: str, images: str, output: str, batch_size: int, as_json
     """
     from nf_pipeline.driver.use import predict
 
-    written = predict(uri, images, output, batch_size)
+    written = predict(uri, images, output, batch_size, model)
     print(json.dumps(written) if as_json else f"{written['rows']:,} predictions in {output}")
 
 
@@ -81,9 +87,10 @@ def predict_command(uri: str, images: str, output: str, batch_size: int, as_json
     help="Weights with their JSON description, or a program that torch.export.load runs.",
 )
 @click.option("--output", required=True, metavar="PATH", help="Where to write.")
+@factory_option
 @debug_option
-def export_command(uri: str, format_name: str, output: str) -> None:
+def export_command(uri: str, format_name: str, output: str, model: str | None) -> None:
     """Write the final model of a run to a file."""
     from nf_pipeline.driver.use import export
 
-    print(export(uri, format_name, output))
+    print(export(uri, format_name, output, model))

@@ -218,6 +218,11 @@ def _switch_debug_on(context: click.Context, _parameter: click.Parameter, wanted
 
 
 run_argument = click.argument("uri", metavar="STORE/NAME")
+factory_option = click.option(
+    "--model",
+    metavar="package.module:factory",
+    help="The run's own model factory: code, so it must be named again. Registry models need nothing.",
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress goes to stderr."
 )

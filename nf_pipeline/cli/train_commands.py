@@ -15,6 +15,7 @@ from nf_pipeline.cli.options import (
     config_from,
     config_options,
     debug_option,
+    factory_option,
     json_option,
     quiet_option,
     run_argument,
@@ -87,10 +88,13 @@ def train_command(*, as_json: bool, quiet: bool, **given: Any) -> None:
 @run_argument
 @click.option("--executor", type=click.Choice(["ray", "inline"]), help="Run it elsewhere than the run did.")
 @click.option("--address", metavar="A", help="Ray cluster to join, such as auto or ray-head:6379.")
+@factory_option
 @json_option
 @quiet_option
 @debug_option
-def resume_command(uri: str, executor: str | None, address: str | None, as_json: bool, quiet: bool) -> None:
+def resume_command(
+    uri: str, executor: str | None, address: str | None, model: str | None, as_json: bool, quiet: bool
+) -> None:
     """Continue a run that was stopped, with the configuration stored in it.
 
     Finished stages are verified and skipped; a half-trained block continues from its last epoch.
@@ -99,7 +103,7 @@ def resume_command(uri: str, executor: str | None, address: str | None, as_json:
 
     cluster = _cluster(executor, address)
     with _displayed(uri, quiet=quiet) as progress:
-        summary = resume(uri, on_event=progress, cluster=cluster)
+        summary = resume(uri, on_event=progress, cluster=cluster, model=model)
     _print_summary(summary, uri, as_json=as_json)
 
 

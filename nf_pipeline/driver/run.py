@@ -22,6 +22,7 @@ from nf_pipeline.retry import shrink_batch
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.store import Store, open_store
+from nf_pipeline.trust import confirm_factory
 from nf_pipeline.worker.stage_input import read_block, read_ingest, read_model
 from nf_pipeline.worker.tasks import (
     BLOCK_STAGE,
@@ -67,7 +68,11 @@ def train(config: RunConfig, *, on_event: Listener | None = None) -> dict[str, A
 
 
 def resume(
-    uri: str, *, on_event: Listener | None = None, cluster: ClusterConfig | None = None
+    uri: str,
+    *,
+    on_event: Listener | None = None,
+    cluster: ClusterConfig | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Continues a run from its own record.
 
@@ -75,11 +80,12 @@ def resume(
         uri: STORE/NAME.
         on_event: called with every event as it happens.
         cluster: where to run, instead of where it ran before.
+        model: the factory, where the run was started with one.
 
     Raises:
         ObjectMissing: there is no such run.
     """
-    return train(load_run(uri, cluster), on_event=on_event)
+    return train(load_run(uri, cluster, model), on_event=on_event)
 
 
 class _Run:
@@ -132,7 +138,9 @@ class _Run:
                 self.store.uri,
                 f"delete {self.layout.plan_json} and resume: it is planned anew",
             )
-        return plan_of(document, self.store.uri)
+        plan = plan_of(document, self.store.uri)
+        confirm_factory(plan.model, self.config.model.name)
+        return plan
 
     def block(self, plan: Plan, block_idx: int, stage_input: StageManifest) -> StageManifest:
         """Trains one block, or takes the finished one."""

@@ -11,6 +11,7 @@ from nf_pipeline.plan import Plan
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import Store, open_store
+from nf_pipeline.trust import confirm_factory
 
 _RECORDED_PACKAGES = ("nf_pipeline", "torch", "torchvision", "ray", "pyarrow", "s3fs")
 
@@ -39,16 +40,18 @@ def open_run(store: Store, layout: RunLayout, config: RunConfig) -> RunConfig:
     return config
 
 
-def load_run(uri: str, cluster: ClusterConfig | None = None) -> RunConfig:
+def load_run(uri: str, cluster: ClusterConfig | None = None, model: str | None = None) -> RunConfig:
     """Reads a run's configuration back.
 
     Args:
         uri: STORE/NAME.
         cluster: replaces the recorded section.
+        model: the factory, where the run was started with one.
 
     Raises:
         ObjectMissing: there is no such run.
         ObjectCorrupt: run.json cannot be read.
+        ConfigError: the run names a factory that `model` does not.
     """
     store_uri, run = split_run_uri(uri)
     store = open_store(store_uri)
@@ -64,7 +67,9 @@ def load_run(uri: str, cluster: ClusterConfig | None = None) -> RunConfig:
     document["run"] = run
     if cluster is not None:
         document["cluster"] = cluster.model_dump()
-    return validate_config(document)
+    config = validate_config(document)
+    confirm_factory(config.model.name, model)
+    return config
 
 
 def load_plan(store: Store, layout: RunLayout) -> Plan:
@@ -91,7 +96,7 @@ def plan_of(document: dict[str, Any], store_uri: str) -> Plan:
     planned = {key: value for key, value in document.items() if key not in ("format_version", "fingerprint")}
     try:
         return Plan.from_json(planned)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ObjectCorrupt(f"plan.json is damaged: {error}", store_uri, "delete it and resume") from None
 
 

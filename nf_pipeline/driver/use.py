@@ -23,6 +23,7 @@ from nf_pipeline.model_files import load_model
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import open_store
+from nf_pipeline.trust import confirm_factory
 from nf_pipeline.worker.assemble import load_units
 from nf_pipeline.worker.stage_input import read_block, read_ingest, read_model
 
@@ -38,12 +39,13 @@ PREDICTION_SCHEMA = pa.schema(
 
 
 @torch.no_grad()
-def evaluate(uri: str, data: DataConfig) -> list[dict[str, Any]]:
+def evaluate(uri: str, data: DataConfig, model: str | None = None) -> list[dict[str, Any]]:
     """Measures every exit of a finished run on a labelled set, in one pass.
 
     Args:
         uri: STORE/NAME.
         data: its test split if it brings one, else all its rows.
+        model: see `load_model`.
 
     Returns:
         One entry per exit: layer_idx, layer, accuracy in [0, 1], num_images, chosen.
@@ -55,7 +57,8 @@ def evaluate(uri: str, data: DataConfig) -> list[dict[str, Any]]:
     store_uri, run = split_run_uri(uri)
     store, layout = open_store(store_uri), RunLayout(run)
     result = read_model(store, layout).facts
-    plan, config, ingest = load_plan(store, layout), load_run(uri), read_ingest(store, layout).facts
+    plan, config, ingest = load_plan(store, layout), load_run(uri, model=model), read_ingest(store, layout).facts
+    confirm_factory(plan.model, model)
     blocks = [read_block(store, layout, idx) for idx in range(len(plan.blocks))]
     units = [unit.eval() for unit in load_units(store, config, plan, blocks, len(plan.units))]
     normalise = Normalise(ingest["mean"], ingest["std"])
@@ -80,7 +83,9 @@ def evaluate(uri: str, data: DataConfig) -> list[dict[str, Any]]:
     ]
 
 
-def predict(uri: str, images: str, output: str, batch_size: int = 256) -> dict[str, Any]:
+def predict(
+    uri: str, images: str, output: str, batch_size: int = 256, model: str | None = None
+) -> dict[str, Any]:
     """Runs the final model over every image of an input and writes one row per image to a Parquet file.
 
     Args:
@@ -88,23 +93,24 @@ def predict(uri: str, images: str, output: str, batch_size: int = 256) -> dict[s
         images: a folder, file or URI of images or Parquet; labels are not needed.
         output: local file; replaced only when all predictions are in.
         batch_size: images per step.
+        model: see `load_model`.
 
     Returns:
-        rows, output, exit, and num_skipped.
+        rows, output and exit.
 
     Raises:
         DataError: an image cannot be decoded or has another size.
         StorageError: the output cannot be written.
     """
-    model = load_model(uri)
+    loaded = load_model(uri, model=model)
     target = Path(output)
     partial = target.with_name(f".{target.name}.part")
     rows = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(partial, PREDICTION_SCHEMA) as writer:
-            for ids, pixels_NCHW in _batches(images, model, batch_size):
-                writer.write_table(_predictions(model, ids, pixels_NCHW))
+            for ids, pixels_NCHW in _batches(images, loaded, batch_size):
+                writer.write_table(_predictions(loaded, ids, pixels_NCHW))
                 rows += len(ids)
         partial.replace(target)
     except OSError as error:
@@ -113,10 +119,10 @@ def predict(uri: str, images: str, output: str, batch_size: int = 256) -> dict[s
         ) from None
     finally:
         partial.unlink(missing_ok=True)
-    return {"rows": rows, "output": output, "exit": model.card.exit_layer}
+    return {"rows": rows, "output": output, "exit": loaded.card.exit_layer}
 
 
-def export(uri: str, format_name: str, output: str) -> str:
+def export(uri: str, format_name: str, output: str, model: str | None = None) -> str:
     """Writes the final model to a file that other programs read.
 
     Args:
@@ -124,6 +130,7 @@ def export(uri: str, format_name: str, output: str) -> str:
         format_name: "safetensors" (weights, and OUTPUT's name with .json beside them), or "torch-export" (a
             program for torch.export.load that takes uint8 pixels_NCHW with any N).
         output: local file.
+        model: see `load_model`.
 
     Returns:
         The path written.
@@ -135,10 +142,10 @@ def export(uri: str, format_name: str, output: str) -> str:
     writers = {"safetensors": _write_safetensors, "torch-export": _write_program}
     if format_name not in writers:
         raise ConfigError(f"export format {format_name!r} is unknown", f"--format {' or '.join(writers)}")
-    model, target = load_model(uri), Path(output)
+    loaded, target = load_model(uri, model=model), Path(output)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        writers[format_name](model, target)
+        writers[format_name](loaded, target)
     except OSError as error:
         raise StorageError(
             f"the model cannot be written: {error.strerror}", output, "give a writable --output"

@@ -146,4 +146,4 @@ def _cause_of(error: RayTaskError) -> BaseException:
     cause = error.cause
     if isinstance(cause, NFError | MemoryError | OSError):
         return cause
-    return InternalError(f"a worker raised {type(cause).__name__}: {cause}\n{error.traceback_str}")
+    return InternalError(f"a worker raised {type(cause).__name__}: {cause}\n{error}")

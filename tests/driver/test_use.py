@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from nf_pipeline import load_model
 from nf_pipeline.config import DataConfig, resolve_config
 from nf_pipeline.driver.preview import preview_plan
-from nf_pipeline.driver.run import train
+from nf_pipeline.driver.run import resume, train
 from nf_pipeline.driver.run_record import load_plan
 from nf_pipeline.driver.use import evaluate, export, predict
 from nf_pipeline.errors import ConfigError, DataError, ObjectMissing
@@ -124,3 +125,49 @@ def test_preview_decides_what_the_run_decides(finished: tuple[str, dict]) -> Non
     ran = load_plan(open_store(store), RunLayout("run"))
     assert previewed.blocks == ran.blocks
     assert previewed.layers == ran.layers
+
+
+@pytest.fixture
+def own_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A user's module with a model factory; leaves a trace when it is imported."""
+    (tmp_path / "my_nets.py").write_text(
+        "from pathlib import Path\n"
+        "from torch import nn\n"
+        f"Path({str(tmp_path / 'imported')!r}).touch()\n"
+        "def small(num_classes, image_shape):\n"
+        "    return nn.Sequential(\n"
+        "        nn.Conv2d(image_shape[0], 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),\n"
+        "        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),\n"
+        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "my_nets:small"
+
+
+def test_own_factory_trains_and_is_imported_again_only_if_named(own_factory: str, tmp_path: Path) -> None:
+    config = resolve_config(
+        flags={
+            "memory.budget_bytes": "4MiB",
+            "model.name": own_factory,
+            "data.max_train_images": 200,
+            "train.epochs": 1,
+            "storage.uri": str(tmp_path / "runs"),
+            "cluster.executor": "inline",
+            "cluster.num_threads": 1,
+        }
+    )
+    assert train(config)["model"] == own_factory
+    uri, trace = f"{tmp_path}/runs/run", tmp_path / "imported"
+    trace.unlink()
+    sys.modules.pop("my_nets")
+    for use in (
+        lambda: load_model(uri),
+        lambda: resume(uri),
+        lambda: evaluate(uri, DataConfig(source="digits")),
+        lambda: predict(uri, "digits", str(tmp_path / "out.parquet")),
+    ):
+        with pytest.raises(ConfigError, match="is code"):
+            use()
+    assert not trace.exists()
+    assert load_model(uri, model=own_factory).card.model == own_factory
+    assert trace.exists()

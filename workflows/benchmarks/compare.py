@@ -213,7 +213,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-train-images", type=int, help="stratified, seeded subset [default: all]")
     parser.add_argument("--epochs", type=int, default=8, help="of the pipeline, per block [default: 8]")
     parser.add_argument("--bp-epochs", type=int, help="of backpropagation [default: as --epochs]")
-    parser.add_argument("--unit-layers", type=int, default=3, help="layers per local unit [default: 3]")
+    parser.add_argument("--unit-layers", type=int, default=2, help="layers per local unit [default: 2]")
     parser.add_argument("--seed", type=int, default=0, help="[default: 0]")
     parser.add_argument("--device", default="cpu", choices=["auto", "cpu", "cuda"], help="[default: cpu]")
     parser.add_argument(
