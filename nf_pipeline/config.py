@@ -245,9 +245,7 @@ def _explain(error: ValidationError) -> ConfigError:
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(field, known, n=3, cutoff=0.5)
             lines.append(f"{field}: unknown setting")
-            fixes.append(
-                f"did you mean {' or '.join(near)}?" if near else f"known settings: {', '.join(known)}"
-            )
+            fixes.append(f"did you mean {' or '.join(near)}?" if near else f"known settings: {', '.join(known)}")
         elif problem["type"] == "missing":
             lines.append(f"{field}: not given")
             fixes.append("--memory-budget 300MiB" if field.startswith("memory") else f"give {field}")

@@ -138,9 +138,7 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _running(
-    command: list[str], environment: Mapping[str, str], log: Path
-) -> Iterator[subprocess.Popen[bytes]]:
+def _running(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a command in a process group of its own and ends the whole group."""
     setpriv = shutil.which("setpriv")
     if setpriv:  # Linux: the server also ends when the test run is killed

@@ -20,6 +20,8 @@ LEVELS = {
     "nf_pipeline.events": 0,
     "nf_pipeline.plan": 0,
     "nf_pipeline.run_uri": 0,
+    "nf_pipeline.host": 0,
+    "nf_pipeline.trust": 0,
     "nf_pipeline.retry": 1,
     "nf_pipeline.core": 1,
     "nf_pipeline.storage": 1,
@@ -59,9 +61,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-SOURCES = {
-    module_name(path): path.read_text(encoding="utf8") for path in sorted((ROOT / PACKAGE).rglob("*.py"))
-}
+SOURCES = {module_name(path): path.read_text(encoding="utf8") for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
 
 
 def is_in(module: str, package: str) -> bool:
@@ -144,9 +144,7 @@ def prints(module: str, source: str) -> list[str]:
 def code_loaders(module: str, source: str) -> list[str]:
     """Finds what could execute code that a store holds."""
     found = [
-        f"{module} imports {name}"
-        for name, _ in imports_of(module, source)
-        if name.partition(".")[0] in CODE_LOADERS
+        f"{module} imports {name}" for name, _ in imports_of(module, source) if name.partition(".")[0] in CODE_LOADERS
     ]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and ast.unparse(node) in {
@@ -157,17 +155,9 @@ def code_loaders(module: str, source: str) -> list[str]:
             found.append(f"{module}:{node.lineno} uses {ast.unparse(node)}")
         elif isinstance(node, ast.ImportFrom) and node.module == "torch":
             found += [f"{module} imports torch.{a.name}" for a in node.names if a.name in {"load", "save"}]
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id in {"eval", "exec"}
-        ):
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"}:
             found.append(f"{module}:{node.lineno} calls {node.func.id}")
-        elif (
-            isinstance(node, ast.keyword)
-            and node.arg == "allow_pickle"
-            and ast.unparse(node.value) != "False"
-        ):
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
             found.append(f"{module}:{node.value.lineno} allows pickle")
     return found
 

@@ -37,9 +37,7 @@ def requirement(name: str) -> Requirement:
     return found[0]
 
 
-@pytest.mark.parametrize(
-    "name", ["torch", "torchvision", "ray", "pyarrow", "s3fs", "nvidia-ml-py", "safetensors"]
-)
+@pytest.mark.parametrize("name", ["torch", "torchvision", "ray", "pyarrow", "s3fs", "nvidia-ml-py", "safetensors"])
 def test_dependency_is_a_range_without_an_upper_bound(name):
     specifiers = list(requirement(name).specifier)
     assert [specifier.operator for specifier in specifiers] == [">="]
@@ -61,14 +59,10 @@ def test_license_is_apache_2():
 
 def test_top_level_has_only_the_agreed_entries():
     ignored = [
-        line.rstrip("/")
-        for line in (ROOT / ".gitignore").read_text().splitlines()
-        if line[:1] not in ("", "#")
+        line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line[:1] not in ("", "#")
     ]
     entries = {
-        entry.name
-        for entry in ROOT.iterdir()
-        if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in ignored)
+        entry.name for entry in ROOT.iterdir() if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in ignored)
     }
     assert entries - ALLOWED_TOP_LEVEL == set()
 
@@ -76,9 +70,7 @@ def test_top_level_has_only_the_agreed_entries():
 def test_readme_starts_with_the_two_commands():
     readme = (ROOT / "README.md").read_text(encoding="utf8")
     blocks = re.findall(r"^```\w*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    commands = [
-        line.split("#")[0].strip().removeprefix("$ ") for block in blocks for line in block.splitlines()
-    ]
+    commands = [line.split("#")[0].strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
     made = [command for command in commands if command.startswith("make ")]
     assert made[:2] == ["make demo", "make test"]
     assert commands[0] == "make demo"
@@ -144,9 +136,7 @@ def test_compose_images_are_pinned():
 
 def test_env_example_names_every_variable_and_gives_no_credential():
     example = (ROOT / ".env.example").read_text(encoding="utf8")
-    assert set(re.findall(r"\$\{(\w+)", COMPOSE_TEXT)) == set(
-        re.findall(r"^(?:# )?(NF_\w+)=", example, re.MULTILINE)
-    )
+    assert set(re.findall(r"\$\{(\w+)", COMPOSE_TEXT)) == set(re.findall(r"^(?:# )?(NF_\w+)=", example, re.MULTILINE))
     assert re.findall(r"^(NF_\w+)=(.*)$", example, re.MULTILINE) == [("NF_S3_KEY", ""), ("NF_S3_SECRET", "")]
 
 

@@ -32,9 +32,7 @@ def test_split_run_uri_of_a_bare_name_means_the_default_store() -> None:
     assert split_run_uri("run") == ("./nf-runs", "run")
 
 
-@pytest.mark.parametrize(
-    "uri", ["", "/", ".", "..", "runs/..", "s3://", "s3://bucket", "s3:///run", "runs/a b"]
-)
+@pytest.mark.parametrize("uri", ["", "/", ".", "..", "runs/..", "s3://", "s3://bucket", "s3:///run", "runs/a b"])
 def test_split_run_uri_without_a_usable_name_is_refused_with_an_example(uri: str) -> None:
     with pytest.raises(ConfigError, match="STORE/NAME") as caught:
         split_run_uri(uri)

@@ -5,7 +5,8 @@ from nf_pipeline.trust import confirm_factory
 
 
 @pytest.mark.parametrize(
-    ("recorded", "named"), [(None, None), ("vgg11_bn", None), ("vgg11_bn", "other"), ("my.nets:small", "my.nets:small")]
+    ("recorded", "named"),
+    [(None, None), ("vgg11_bn", None), ("vgg11_bn", "other"), ("my.nets:small", "my.nets:small")],
 )
 def test_registry_names_and_confirmed_factories_are_accepted(recorded: str | None, named: str | None) -> None:
     assert confirm_factory(recorded, named) is None
@@ -13,6 +14,6 @@ def test_registry_names_and_confirmed_factories_are_accepted(recorded: str | Non
 
 @pytest.mark.parametrize("named", [None, "my.nets:other", "vgg11_bn"])
 def test_factory_that_the_user_did_not_name_is_refused_with_the_way_to_name_it(named: str | None) -> None:
-    with pytest.raises(ConfigError, match="my.nets:small") as caught:
+    with pytest.raises(ConfigError, match=r"my\.nets:small") as caught:
         confirm_factory("my.nets:small", named)
     assert "--model my.nets:small" in caught.value.fix

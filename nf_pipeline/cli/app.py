@@ -25,9 +25,7 @@ class _InWorkflowOrder(click.Group):
         return list(self.commands)
 
 
-@click.group(
-    cls=_InWorkflowOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group(cls=_InWorkflowOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="nf_pipeline")
 @debug_option
 def command_line() -> None:

@@ -58,9 +58,7 @@ def evaluate_command(
 @factory_option
 @json_option
 @debug_option
-def predict_command(
-    uri: str, images: str, output: str, batch_size: int, model: str | None, as_json: bool
-) -> None:
+def predict_command(uri: str, images: str, output: str, batch_size: int, model: str | None, as_json: bool) -> None:
     """Predict labels for images with the final model of a run.
 
     INPUT is Parquet or images, a file or a folder. The output has one row per image: id, predicted label,

@@ -92,9 +92,7 @@ CONFIG_FLAGS = (
         explanation="Folder or s3://bucket/prefix that holds runs; S3 credentials and endpoint come from the "
         "AWS_* environment variables.",
     ),
-    ConfigFlag(
-        name="--run", field="run", metavar="NAME", default="run", explanation="Name of the run in the store."
-    ),
+    ConfigFlag(name="--run", field="run", metavar="NAME", default="run", explanation="Name of the run in the store."),
     ConfigFlag(
         name="--executor",
         field="cluster.executor",
@@ -226,9 +224,7 @@ factory_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress goes to stderr."
 )
-quiet_option = click.option(
-    "--quiet", is_flag=True, help="No progress; only warnings, the result and errors."
-)
+quiet_option = click.option("--quiet", is_flag=True, help="No progress; only warnings, the result and errors.")
 debug_option = click.option(
     "--debug",
     is_flag=True,

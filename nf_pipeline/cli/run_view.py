@@ -117,11 +117,7 @@ class RunView:
         state = self._stages[stage]
         if state.is_training:
             return self._training_fields(stage, state)
-        parts = [
-            f"{state.phase} {state.done:,}/{state.total:,}"
-            if state.total
-            else f"{state.phase} {state.done:,}"
-        ]
+        parts = [f"{state.phase} {state.done:,}/{state.total:,}" if state.total else f"{state.phase} {state.done:,}"]
         if state.images_per_s is not None:
             parts.append(f"img/s {state.images_per_s:,.0f}")
         return parts

@@ -30,9 +30,7 @@ def status_command(uri: str, as_json: bool) -> None:
     short_help="Check torch, GPU, Ray and the store.",
     epilog="Example: nf-pipeline doctor --store s3://bucket/prefix",
 )
-@click.option(
-    "--store", default="./nf-runs", show_default=True, metavar="URI", help="Store to write a probe to."
-)
+@click.option("--store", default="./nf-runs", show_default=True, metavar="URI", help="Store to write a probe to.")
 @click.option("--ray", "start_ray", is_flag=True, help="Also start a local Ray and run one task on it.")
 @json_option
 @debug_option

@@ -89,9 +89,7 @@ def status_text(status: Mapping[str, Any]) -> str:
     for stage in status["stages"]:
         if stage["error"] and stage["state"] == "failed":
             lines += ["", f"{stage['stage']} failed: {stage['error']}"]
-    silent = [
-        s for s in status["stages"] if s["state"] == "running" and (s["updated_s"] or 0) > STALE_AFTER_S
-    ]
+    silent = [s for s in status["stages"] if s["state"] == "running" and (s["updated_s"] or 0) > STALE_AFTER_S]
     if silent:
         lines += ["", f"{silent[0]['stage']} has been silent for {format_duration(silent[0]['updated_s'])}."]
     if silent or status["state"] in ("failed", "waiting"):

@@ -160,9 +160,7 @@ class _Cutter:
         counts = Counter(cls for cls, _ in calls.values())
         skipping = {cls for cls, span in calls.values() if counts[cls] > 1 and self._has_skip(span)}
         stages = {
-            cls
-            for path, (cls, _) in calls.items()
-            if cls in skipping and _holds_two(path, cls, calls, skipping)
+            cls for path, (cls, _) in calls.items() if cls in skipping and _holds_two(path, cls, calls, skipping)
         }
         blocks = skipping - stages
         inner = {path: span for path, (cls, span) in calls.items() if cls in blocks}

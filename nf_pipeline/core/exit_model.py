@@ -83,10 +83,6 @@ def build_first_units(
     seed: int = 0,
 ) -> list[LocalUnit]:
     """Builds the first `num_units` units of a model with fresh weights."""
-    cut_model = cut(
-        build_model(model, image_shape=image_shape, num_classes=num_classes, seed=seed), image_shape
-    )
+    cut_model = cut(build_model(model, image_shape=image_shape, num_classes=num_classes, seed=seed), image_shape)
     available = len(unit_ranges(len(cut_model.layers), unit_layers))
-    return build_units(
-        cut_model, head, unit_layers, num_classes, seed, units=range(min(num_units, available))
-    )
+    return build_units(cut_model, head, unit_layers, num_classes, seed, units=range(min(num_units, available)))

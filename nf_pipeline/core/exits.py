@@ -77,9 +77,7 @@ def wilson_interval(num_correct: int, num_total: int, confidence: float) -> tupl
     return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
-def choose_exit(
-    candidates: Sequence[ExitCandidate], tolerance_points: float, confidence: float
-) -> ChosenExit:
+def choose_exit(candidates: Sequence[ExitCandidate], tolerance_points: float, confidence: float) -> ChosenExit:
     """Chooses the smallest exit that is as good as the best one.
 
     An exit is as good when both hold:

@@ -88,9 +88,7 @@ def _conv_head(in_shape: tuple[int, int, int], num_classes: int, filters: int) -
     return nn.Sequential(OrderedDict(parts))
 
 
-def _conv_bn_relu(
-    suffix: str, channels: int, filters: int, kernel_size: int
-) -> Iterator[tuple[str, nn.Module]]:
+def _conv_bn_relu(suffix: str, channels: int, filters: int, kernel_size: int) -> Iterator[tuple[str, nn.Module]]:
     # Stride 1 keeps the map's size; no bias, BN has one.
     yield f"conv{suffix}", nn.Conv2d(channels, filters, kernel_size, padding=kernel_size // 2, bias=False)
     yield f"bn{suffix}", nn.BatchNorm2d(filters)

@@ -185,8 +185,7 @@ def _check_size(name: str, entry: ModelEntry, image_shape: tuple[int, int, int])
     _, height, width = image_shape
     if min(height, width) < entry.min_size:
         raise ConfigError(
-            f"--model {name}: got images of {height}x{width} pixels, "
-            f"want {entry.min_size}x{entry.min_size} or more",
+            f"--model {name}: got images of {height}x{width} pixels, want {entry.min_size}x{entry.min_size} or more",
             f"--image-size {entry.min_size}, or --model convnet",
         )
 
@@ -235,9 +234,7 @@ def _accepted(factory: Callable[..., Any], offered: dict[str, Any]) -> dict[str,
     parameters = inspect.signature(factory).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return offered
-    return {
-        p.name: offered[p.name] for p in parameters if p.name in offered and p.kind is not p.POSITIONAL_ONLY
-    }
+    return {p.name: offered[p.name] for p in parameters if p.name in offered and p.kind is not p.POSITIONAL_ONLY}
 
 
 def _check_outputs(name: str, model: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:

@@ -133,9 +133,7 @@ def _grow(
     return len(units), "the model ends"
 
 
-def _limit_reason(
-    units: Sequence[UnitProfile], names: Sequence[str], batch_size: int, cfg: MemoryConfig
-) -> str:
+def _limit_reason(units: Sequence[UnitProfile], names: Sequence[str], batch_size: int, cfg: MemoryConfig) -> str:
     if batch_size == cfg.max_batch_size:
         return f"batch {batch_size} is memory.max_batch_size"
     needed = [unit.peak_bytes(batch_size + 1) - unit.resident_bytes for unit in units]

@@ -125,9 +125,7 @@ def verified_batch(
     return batch_size, peak_bytes
 
 
-def _divide(
-    cut_model: CutModel, cfg: RunConfig, image_shape: tuple[int, int, int], num_classes: int
-) -> _Network:
+def _divide(cut_model: CutModel, cfg: RunConfig, image_shape: tuple[int, int, int], num_classes: int) -> _Network:
     train = cfg.train
     return _Network(
         cut_model=cut_model,
@@ -170,8 +168,7 @@ def _unit_names(network: _Network) -> list[str]:
     """Names a unit by its layers: "features.0" or "features.0..features.7"."""
     names = network.cut_model.names
     return [
-        names[start] if stop - start == 1 else f"{names[start]}..{names[stop - 1]}"
-        for start, stop in network.ranges
+        names[start] if stop - start == 1 else f"{names[start]}..{names[stop - 1]}" for start, stop in network.ranges
     ]
 
 
@@ -201,9 +198,7 @@ def _plan_blocks(
     return tuple(blocks)
 
 
-def _verify(
-    group: Group, network: _Network, units: Sequence[UnitProfile], cfg: RunConfig
-) -> tuple[int, int, str]:
+def _verify(group: Group, network: _Network, units: Sequence[UnitProfile], cfg: RunConfig) -> tuple[int, int, str]:
     """Returns batch, peak and reason of a block, with the peak of the whole block's step at that batch."""
     memory = cfg.memory
     profiles = units[group.start : group.stop]

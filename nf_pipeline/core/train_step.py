@@ -35,9 +35,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "train.device: got cuda, but torch sees no GPU here", "--set train.device=cpu or auto"
-        )
+        raise ConfigError("train.device: got cuda, but torch sees no GPU here", "--set train.device=cpu or auto")
     return torch.device(name)
 
 

@@ -5,8 +5,6 @@ once, in an order that the seed decides. Memory does not grow with the data set 
 aside). Knows nothing of models. Entry: `ingest`; `ingest_fingerprint` tells whether it must run again.
 """
 
-import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,6 +21,7 @@ from nf_pipeline.data.splits import TRAIN, UNUSED
 from nf_pipeline.data.survey import Survey, survey
 from nf_pipeline.errors import DataError
 from nf_pipeline.events import Event, Note, Progress, StageDone, StageStarted
+from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, commit_manifest
 from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
@@ -69,7 +68,7 @@ def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Ite
         AlreadyExists: another attempt committed first.
     """
     started_s = time.monotonic()
-    yield StageStarted(stage=STAGE, attempt=attempt, worker=f"{socket.gethostname()}:{os.getpid()}")
+    yield StageStarted(stage=STAGE, attempt=attempt, worker=worker_name())
     job = survey(cfg)
     written = _Written(ChannelStatistics(job.image_shape[0]))
     spec = TensorSpec("uint8", job.image_shape)

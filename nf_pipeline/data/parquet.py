@@ -100,9 +100,7 @@ class ParquetSource:
 
     def labels(self, split: Split) -> np.ndarray:
         """Returns the label of every row, int64 [num_rows]."""
-        parts = [
-            renumber(self._label_columns[footer.file.name], self._text_names) for footer in self._of(split)
-        ]
+        parts = [renumber(self._label_columns[footer.file.name], self._text_names) for footer in self._of(split)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def read(self, split: Split, wanted: np.ndarray, seed: int | None) -> Iterator[RawImage]:
@@ -175,8 +173,7 @@ class ParquetSource:
     @cached_property
     def _metadata_names(self) -> tuple[str, ...] | None:
         names = {
-            footer.file.name: class_names_of(footer.schema, self._label_name(footer))
-            for footer in self._footers
+            footer.file.name: class_names_of(footer.schema, self._label_name(footer)) for footer in self._footers
         }
         first = next(iter(names.values()))
         for file, other in names.items():

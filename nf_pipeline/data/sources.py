@@ -87,9 +87,7 @@ def _by_name(source: str) -> Source:
 
 
 def _parquet(name: str, uri: str, cfg: DataConfig) -> ParquetSource:
-    return ParquetSource(
-        name, list_parquet_files(uri), image_column=cfg.image_column, label_column=cfg.label_column
-    )
+    return ParquetSource(name, list_parquet_files(uri), image_column=cfg.image_column, label_column=cfg.label_column)
 
 
 def _torchvision(*name_and_root: str) -> Source:

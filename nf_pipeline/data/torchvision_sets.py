@@ -122,9 +122,7 @@ def _open(factory: Any, name: str, root: str, given: dict[str, Any], *, optional
     except ValueError:
         if optional:  # this data set has no such split
             return None
-        raise DataError(
-            f"torchvision {name}: it takes no {given}", "convert it to Parquet or a folder"
-        ) from None
+        raise DataError(f"torchvision {name}: it takes no {given}", "convert it to Parquet or a folder") from None
     except (RuntimeError, OSError, TypeError, ImportError) as error:
         raise DataError(
             f"torchvision {name} is not in {root}: {str(error).splitlines()[0] if str(error) else error!r}",

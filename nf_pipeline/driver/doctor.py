@@ -19,6 +19,7 @@ from typing import Any, Literal
 from nf_pipeline.config import ClusterConfig
 from nf_pipeline.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STORAGE, AlreadyExists, NFError, StorageError
 from nf_pipeline.events import Event, Note
+from nf_pipeline.host import usable_cpus
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.units import format_bytes
 
@@ -27,7 +28,6 @@ State = Literal["ok", "warn", "fail"]
 MIN_PYTHON = (3, 11)
 LOW_DISK_BYTES = 5 * 2**30
 NO_DISK_BYTES = 2**28
-CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _GREETING_STAGE = "nf_pipeline.driver.doctor:greet"
 _PROBE = b"nf-pipeline doctor\n" * 64
 
@@ -126,19 +126,6 @@ def check_threads() -> Check:
     return Check(name="cpu", state="ok", detail=detail)
 
 
-def usable_cpus() -> float:
-    """Returns the CPUs that this process may use: its affinity, cut by the container's limit."""
-    if hasattr(os, "sched_getaffinity"):
-        usable = float(len(os.sched_getaffinity(0)))
-    else:
-        usable = float(os.cpu_count() or 1)
-    try:
-        quota, period = CGROUP_CPU_LIMIT.read_text().split()
-    except (OSError, ValueError):
-        return usable
-    return usable if quota == "max" else min(usable, int(quota) / int(period))
-
-
 def check_ray() -> Check:
     """Looks for Ray without starting or importing it."""
     try:
@@ -158,9 +145,7 @@ def check_ray_task() -> Check:
             events = list(executor.run("doctor", _GREETING_STAGE, None, Resources(num_cpus=1, device="cpu")))
     except (NFError, ImportError, OSError) as error:
         detail = str(error).splitlines()[0]
-        return Check(
-            name="ray: task", state="fail", detail=detail, fix="use --executor inline, or see Ray's logs"
-        )
+        return Check(name="ray: task", state="fail", detail=detail, fix="use --executor inline, or see Ray's logs")
     return Check(name="ray: task", state="ok", detail=f"ran on a local Ray, {len(events)} event came back")
 
 
@@ -198,9 +183,7 @@ def check_disk(uri: str) -> list[Check]:
 
 def _driver_checks(nvml: ModuleType, *, has_torch: bool) -> Iterator[Check]:
     count = nvml.nvmlDeviceGetCount()
-    yield Check(
-        name="driver", state="ok", detail=f"NVIDIA {_text(nvml.nvmlSystemGetDriverVersion())}, {count} GPUs"
-    )
+    yield Check(name="driver", state="ok", detail=f"NVIDIA {_text(nvml.nvmlSystemGetDriverVersion())}, {count} GPUs")
     for gpu_idx in range(count):
         yield Check(name=f"gpu {gpu_idx}", state="ok", detail=_describe_gpu(nvml, gpu_idx))
     if count and has_torch:
@@ -235,17 +218,13 @@ def _check_cuda(num_gpus: int) -> Check:
         detail = "CUDA_VISIBLE_DEVICES is empty: torch sees no GPU"
         return Check(name=name, state="warn", detail=detail, fix="unset CUDA_VISIBLE_DEVICES")
     if not torch.cuda.is_available():
-        detail = (
-            f"the driver has {num_gpus} GPUs, torch {torch.__version__} (built for {built_for}) sees none"
-        )
+        detail = f"the driver has {num_gpus} GPUs, torch {torch.__version__} (built for {built_for}) sees none"
         return Check(name=name, state="fail", detail=detail, fix=fix)
     try:
         total = torch.ones(8, device="cuda").sum().item()
     except RuntimeError as error:
         return Check(name=name, state="fail", detail=f"torch cannot compute on it: {error}", fix=fix)
-    return Check(
-        name=name, state="ok", detail=f"torch (built for {built_for}) computes on it ({total:g} = 8)"
-    )
+    return Check(name=name, state="ok", detail=f"torch (built for {built_for}) computes on it ({total:g} = 8)")
 
 
 def _text(value: str | bytes) -> str:
@@ -276,6 +255,4 @@ def _write_and_read(store: Store, key: str) -> Iterator[Check]:
     except AlreadyExists:
         yield Check(name="store: create-once", state="ok", detail="a second writer is refused")
         return
-    raise StorageError(
-        "a second writer replaced an object that must be written once", store.uri, "use another store"
-    )
+    raise StorageError("a second writer replaced an object that must be written once", store.uri, "use another store")

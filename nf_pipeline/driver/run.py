@@ -17,6 +17,7 @@ from nf_pipeline.errors import ObjectCorrupt
 from nf_pipeline.events import StageSkipped
 from nf_pipeline.executors import open_executor
 from nf_pipeline.executors.base import Resources
+from nf_pipeline.host import available_threads
 from nf_pipeline.plan import Plan
 from nf_pipeline.retry import shrink_batch
 from nf_pipeline.storage.layout import RunLayout
@@ -36,7 +37,6 @@ from nf_pipeline.worker.tasks import (
     block_fingerprint,
     plan_fingerprint,
 )
-from nf_pipeline.worker.threads import available_threads
 
 
 def train(config: RunConfig, *, on_event: Listener | None = None) -> dict[str, Any]:

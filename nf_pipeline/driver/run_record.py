@@ -81,9 +81,7 @@ def load_plan(store: Store, layout: RunLayout) -> Plan:
     """
     document = read_json(store, layout.plan_json)
     if document is None:
-        raise ObjectMissing(
-            f"{layout.plan_json} is not there", store.uri, "resume the run: it is planned then"
-        )
+        raise ObjectMissing(f"{layout.plan_json} is not there", store.uri, "resume the run: it is planned then")
     return plan_of(document, store.uri)
 
 

@@ -81,9 +81,7 @@ class StageRunner:
                 return {}
             except NFError as error:
                 self._log.add(
-                    StageFailed(
-                        stage=stage_name, attempt=attempt, error=type(error).__name__, text=str(error)
-                    )
+                    StageFailed(stage=stage_name, attempt=attempt, error=type(error).__name__, text=str(error))
                 )
                 decision = decide(error, attempts)
                 if decision is Decision.RAISE:

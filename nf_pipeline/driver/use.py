@@ -83,9 +83,7 @@ def evaluate(uri: str, data: DataConfig, model: str | None = None) -> list[dict[
     ]
 
 
-def predict(
-    uri: str, images: str, output: str, batch_size: int = 256, model: str | None = None
-) -> dict[str, Any]:
+def predict(uri: str, images: str, output: str, batch_size: int = 256, model: str | None = None) -> dict[str, Any]:
     """Runs the final model over every image of an input and writes one row per image to a Parquet file.
 
     Args:

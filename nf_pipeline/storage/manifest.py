@@ -188,9 +188,7 @@ def _read_spec(document: dict[str, Any], where: str) -> TensorSpec | None:
     inner = f"{where}: spec"
     shape = _typed(entry, "shape", list, inner)
     try:
-        return TensorSpec(
-            _typed(entry, "dtype", str, inner), tuple(shape), _typed(entry, "codec", str, inner)
-        )
+        return TensorSpec(_typed(entry, "dtype", str, inner), tuple(shape), _typed(entry, "codec", str, inner))
     except ConfigError as error:
         raise _corrupt(inner, error.what) from None
 
@@ -198,8 +196,7 @@ def _read_spec(document: dict[str, Any], where: str) -> TensorSpec | None:
 def _read_shards(shards: dict[str, Any], split: str, where: str) -> tuple[ShardInfo, ...]:
     entries = _typed(shards, split, list, f"{where}: shards")
     return tuple(
-        _read_shard_info(entry, f"{where}: shards.{split}[{position}]")
-        for position, entry in enumerate(entries)
+        _read_shard_info(entry, f"{where}: shards.{split}[{position}]") for position, entry in enumerate(entries)
     )
 
 

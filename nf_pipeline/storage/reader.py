@@ -143,9 +143,7 @@ class ShardReader:
         self.wait_s += time.perf_counter() - start
         failed = [fetch for fetch in pending if fetch.done() and fetch.exception() is not None]
         if late and not failed:
-            raise TimeoutError(
-                f"{len(late)} of {len(pending)} shards did not arrive within {timeout_s:.0f} s"
-            )
+            raise TimeoutError(f"{len(late)} of {len(pending)} shards did not arrive within {timeout_s:.0f} s")
         return [fetch.result() for fetch in failed or pending]
 
 
@@ -213,6 +211,4 @@ def _empty_batch(num_rows: int, nbytes: int) -> Batch:
     memory = np.empty(num_rows * nbytes + _ALIGNMENT_BYTES, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT_BYTES
     tensors = memory[start : start + num_rows * nbytes].reshape(num_rows, nbytes)
-    return Batch(
-        tensors=tensors, labels=np.empty(num_rows, np.int64), sample_ids=np.empty(num_rows, np.int64)
-    )
+    return Batch(tensors=tensors, labels=np.empty(num_rows, np.int64), sample_ids=np.empty(num_rows, np.int64))

@@ -49,9 +49,7 @@ _NO_CONDITIONS = ("NotImplemented", "501", "InvalidArgument", "InvalidRequest")
 _CONFLICT_WAITS_S = (0.2, 0.5, 1.0, 2.0)
 
 _FIX_BUCKET = "create the bucket, or correct --store"
-_FIX_REFUSED = (
-    "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if used, AWS_SESSION_TOKEN for this endpoint"
-)
+_FIX_REFUSED = "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if used, AWS_SESSION_TOKEN for this endpoint"
 _FIX_REACH = "check AWS_ENDPOINT_URL, the network and that the server runs, then resume"
 
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")

@@ -254,9 +254,7 @@ class ShardWriter:
         try:
             encoded = buffer.encode()
             self._store.put(key, encoded)
-            return ShardInfo(
-                key=key, num_bytes=len(encoded), num_rows=buffer.num_rows, checksum=checksum_of(encoded)
-            )
+            return ShardInfo(key=key, num_bytes=len(encoded), num_rows=buffer.num_rows, checksum=checksum_of(encoded))
         finally:
             buffer.num_rows = 0
             self._spare.put(buffer)

@@ -19,6 +19,7 @@ from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.train_step import resolve_device
 from nf_pipeline.errors import ObjectCorrupt
 from nf_pipeline.events import Event, Progress, StageDone, StageStarted
+from nf_pipeline.host import worker_name
 from nf_pipeline.model_files import ModelCard
 from nf_pipeline.plan import Plan
 from nf_pipeline.storage.layout import RunLayout
@@ -27,7 +28,7 @@ from nf_pipeline.storage.reader import ShardReader
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.worker.checkpoint import unpack_units
 from nf_pipeline.worker.model_card import render_model_card
-from nf_pipeline.worker.runtime import set_threads, worker_name
+from nf_pipeline.worker.runtime import set_threads
 from nf_pipeline.worker.stage_input import read_block, read_ingest
 from nf_pipeline.worker.tasks import AssembleTask, assemble_fingerprint
 
@@ -114,8 +115,7 @@ def read_weights(store: Store, manifest: StageManifest) -> bytes:
     data = bytes(store.get(manifest.weights.key))
     if checksum_of(data) != manifest.weights.checksum:
         raise ObjectCorrupt(
-            f"{manifest.weights.key} has checksum {checksum_of(data)}, "
-            f"its manifest says {manifest.weights.checksum}",
+            f"{manifest.weights.key} has checksum {checksum_of(data)}, its manifest says {manifest.weights.checksum}",
             store.uri,
             f"delete the manifest of {manifest.stage} and resume the run: the stage is repeated",
         )

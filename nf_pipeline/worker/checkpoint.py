@@ -93,9 +93,7 @@ def save_checkpoint(
     return stored
 
 
-def find_checkpoint(
-    store: Store, layout: RunLayout, block_idx: int, fingerprint: str
-) -> CheckpointRecord | None:
+def find_checkpoint(store: Store, layout: RunLayout, block_idx: int, fingerprint: str) -> CheckpointRecord | None:
     """Returns the record with the most epochs among all attempts at a block, None if there is none."""
     newest = None
     for key, _ in store.list(layout.block(block_idx)):

@@ -8,9 +8,7 @@ from nf_pipeline.core.train_step import Precision, forward_block
 from nf_pipeline.worker.feed import Feed
 
 
-def count_correct(
-    units: Sequence[LocalUnit], feed: Feed, precision: Precision, meter: PeakMeter
-) -> list[int]:
+def count_correct(units: Sequence[LocalUnit], feed: Feed, precision: Precision, meter: PeakMeter) -> list[int]:
     """Counts the samples that each unit's head classifies correctly.
 
     Batch norm uses its running statistics, as in the final model. The units come back in training mode.

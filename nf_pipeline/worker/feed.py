@@ -97,9 +97,7 @@ class Feed:
         return stored.to(dtype=torch.float32, copy=True)
 
 
-def open_feed(
-    store: Store, manifest: StageManifest, split: str, *, batch_size: int, device: torch.device
-) -> Feed:
+def open_feed(store: Store, manifest: StageManifest, split: str, *, batch_size: int, device: torch.device) -> Feed:
     """Opens one split of an ingest or block manifest for reading."""
     reader = ShardReader(store, manifest.shards[split], manifest.spec, batch_size=batch_size)
     # Only images carry statistics; activations are stored as the layers made them.

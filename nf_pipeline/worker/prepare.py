@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from nf_pipeline.core.planner import make_plan
 from nf_pipeline.data.ingest import ingest
 from nf_pipeline.events import Event, StageDone, StageStarted
+from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import open_store
-from nf_pipeline.worker.runtime import set_threads, worker_name
+from nf_pipeline.worker.runtime import set_threads
 from nf_pipeline.worker.stage_input import read_ingest
 from nf_pipeline.worker.tasks import PrepareTask
 

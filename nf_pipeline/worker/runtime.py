@@ -1,7 +1,4 @@
-"""Where and how a stage computes: threads, seeds, name of the worker."""
-
-import os
-import socket
+"""Where and how a stage computes: threads and seeds."""
 
 import torch
 
@@ -9,11 +6,6 @@ import torch
 def set_threads(num_threads: int) -> None:
     """Fixes the number of CPU threads: it decides the order of sums, so it decides the bits of the result."""
     torch.set_num_threads(num_threads)
-
-
-def worker_name() -> str:
-    """Returns "host:pid" for logs and the summary."""
-    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def seed_everything(*parts: int) -> None:

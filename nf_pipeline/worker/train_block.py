@@ -20,6 +20,7 @@ from nf_pipeline.core.models import build_model
 from nf_pipeline.core.train_step import make_optimizer, resolve_device, train_step
 from nf_pipeline.errors import OutOfBudget
 from nf_pipeline.events import EpochDone, Event, Progress, StageDone, StageStarted
+from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of, commit_manifest
 from nf_pipeline.storage.shards import ShardInfo
@@ -35,7 +36,7 @@ from nf_pipeline.worker.checkpoint import (
 from nf_pipeline.worker.evaluate import count_correct
 from nf_pipeline.worker.feed import Feed, open_feed
 from nf_pipeline.worker.loss_guard import LossGuard
-from nf_pipeline.worker.runtime import seed_everything, set_threads, worker_name
+from nf_pipeline.worker.runtime import seed_everything, set_threads
 from nf_pipeline.worker.schedule import learning_rate, peak_learning_rate, warmup_steps
 from nf_pipeline.worker.stage_input import read_input
 from nf_pipeline.worker.tasks import BlockTask, block_fingerprint
@@ -278,9 +279,7 @@ class _Attempt:
 
 def _build_units(task: BlockTask) -> list[LocalUnit]:
     plan, train = task.plan, task.config.train
-    model = build_model(
-        plan.model, image_shape=plan.image_shape, num_classes=plan.num_classes, seed=train.seed
-    )
+    model = build_model(plan.model, image_shape=plan.image_shape, num_classes=plan.num_classes, seed=train.seed)
     return build_units(
         cut(model, plan.image_shape),
         train.head,

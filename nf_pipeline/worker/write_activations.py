@@ -58,9 +58,7 @@ def write_activations(
         for batch in feed.batches():
             with meter:
                 batch.track(meter)
-                out_NCHW, _ = forward_block(
-                    units, batch.take_x(), task.config.train.precision, with_heads=False
-                )
+                out_NCHW, _ = forward_block(units, batch.take_x(), task.config.train.precision, with_heads=False)
             writer.append(_to_bytes(out_NCHW, task), batch.y_N.cpu().numpy(), batch.sample_ids)
             del out_NCHW  # else it would live on through the next batch's forward pass
             done += len(batch.sample_ids)
@@ -68,9 +66,7 @@ def write_activations(
             if now - reported >= PROGRESS_EVERY_S:
                 reported = now
                 rate = done / (now - began)
-                yield Progress(
-                    stage=task.stage, phase="write", done=done, total=feed.num_rows, images_per_s=rate
-                )
+                yield Progress(stage=task.stage, phase="write", done=done, total=feed.num_rows, images_per_s=rate)
         return writer.close()
 
 

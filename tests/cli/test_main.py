@@ -70,9 +70,7 @@ def test_module_can_be_run_with_dash_m() -> None:
         (("resume",), "STORE/NAME"),
     ],
 )
-def test_bad_usage_and_configuration_end_with_2_and_a_text_on_stderr(
-    arguments: tuple[str, ...], text: str
-) -> None:
+def test_bad_usage_and_configuration_end_with_2_and_a_text_on_stderr(arguments: tuple[str, ...], text: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert text in done.stderr

@@ -95,9 +95,7 @@ def test_default_in_help_is_the_field_default(flag: ConfigFlag) -> None:
     assert (flag.default == str(default)) if default is not None else flag.default
 
 
-@pytest.mark.parametrize(
-    "flag", [flag for flag in CONFIG_FLAGS if not flag.default], ids=lambda flag: flag.name
-)
+@pytest.mark.parametrize("flag", [flag for flag in CONFIG_FLAGS if not flag.default], ids=lambda flag: flag.name)
 def test_flag_without_default_in_help_has_none(flag: ConfigFlag) -> None:
     info = field_info(flag.field)
     assert info.is_required() or info.default is None

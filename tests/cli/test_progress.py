@@ -56,9 +56,7 @@ def run_of_one_block() -> list[Event]:
         ),
         Progress(stage="block-000", time_s=31.0, phase="write", done=4, total=10),
         StageDone(stage="block-000", time_s=32.0, result={}, seconds=12.0),
-        StageFailed(
-            stage="model", time_s=33.0, attempt="cd", error="StorageError", text="disk full\nFix: free it"
-        ),
+        StageFailed(stage="model", time_s=33.0, attempt="cd", error="StorageError", text="disk full\nFix: free it"),
     ]
 
 
@@ -117,9 +115,7 @@ def test_rich_progress_draws_a_bar_with_all_fields_and_keeps_messages() -> None:
         display(event)
     display.close()
     text = shown_text(stream)
-    assert re.search(
-        r"block 1 ━+ epoch 1/1 \| loss 0\.500 \| val 75\.0 % \| img/s 100 \| peak 1\.0 MiB", text
-    )
+    assert re.search(r"block 1 ━+ epoch 1/1 \| loss 0\.500 \| val 75\.0 % \| img/s 100 \| peak 1\.0 MiB", text)
     assert "block 1 | warning: batch 32 -> 24" in text
     assert stream.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is visible again
 

@@ -55,9 +55,7 @@ def plan_of(block_flops: list[int], budget_bytes: int = 6 * GIB) -> Plan:
 
 
 def started(stage: str, time_s: float, resumed_epochs: int = 0) -> StageStarted:
-    return StageStarted(
-        stage=stage, time_s=time_s, attempt="ab", worker="host:1", resumed_epochs=resumed_epochs
-    )
+    return StageStarted(stage=stage, time_s=time_s, attempt="ab", worker="host:1", resumed_epochs=resumed_epochs)
 
 
 def epoch_done(stage: str, time_s: float, epoch: int, num_epochs: int = 10) -> EpochDone:
@@ -92,9 +90,7 @@ def test_line_of_an_epoch_has_the_documented_fields_in_order() -> None:
 
 
 def test_line_before_anything_is_measured_has_dashes_in_place() -> None:
-    progress = Progress(
-        stage="block-000", time_s=1.0, phase="train", done=0, total=100, epoch=1, num_epochs=3
-    )
+    progress = Progress(stage="block-000", time_s=1.0, phase="train", done=0, total=100, epoch=1, num_epochs=3)
     view = follow(started("block-000", 1.0), progress)
     assert view.line("block-000") == "block 1 | epoch 1/3 | loss - | val - | img/s - | peak - | ETA -"
 
@@ -106,9 +102,7 @@ def test_eta_after_resume_counts_only_what_this_attempt_did() -> None:
 
 
 def test_eta_within_an_epoch_uses_the_part_that_is_done() -> None:
-    progress = Progress(
-        stage="block-000", time_s=5.0, phase="train", done=50, total=100, epoch=1, num_epochs=2
-    )
+    progress = Progress(stage="block-000", time_s=5.0, phase="train", done=50, total=100, epoch=1, num_epochs=2)
     view = follow(started("block-000", 0.0), progress, plan=plan_of([100, 100]))
     assert view.eta_s("block-000") == pytest.approx(15 + 20)
     assert view.fraction("block-000") == pytest.approx(0.25)

@@ -175,9 +175,7 @@ def test_status_text_of_a_lively_run_gives_no_advice() -> None:
 
 
 def test_status_text_of_a_failed_run_gives_the_error() -> None:
-    failed = StageStatus(
-        stage="block-000", state="failed", error="Diverged: NaN at step 3\nFix: less", attempts=1
-    )
+    failed = StageStatus(stage="block-000", state="failed", error="Diverged: NaN at step 3\nFix: less", attempts=1)
     text = status_text(status_document(failed, state="failed"))
     assert "block-000 failed: Diverged: NaN at step 3\nFix: less" in text
     assert "nf-pipeline resume ./nf-runs/run" in text

@@ -154,9 +154,7 @@ def test_export_prints_where_it_wrote(trained, tmp_path: Path) -> None:
 
 def test_interrupted_train_ends_with_130_and_a_command_that_continues_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nf_pipeline", "train", *SMALL, "--epochs", "8"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     seen = []
     for line in process.stderr:
         seen.append(line)

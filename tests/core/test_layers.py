@@ -308,10 +308,7 @@ def test_vgg_layer_keeps_its_norm_activation_and_pool():
     assert set(pieces.layers[0].state_dict()) == {
         "features.0.weight",
         "features.0.bias",
-        *(
-            f"features.1.{n}"
-            for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        ),
+        *(f"features.1.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
     }
     assert pieces.out_shapes[0] == (64, 16, 16)
     assert set(pieces.tail.state_dict()) == {"classifier.weight", "classifier.bias"}

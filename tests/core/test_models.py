@@ -90,9 +90,7 @@ def test_registry_model_runs_and_trains_at_its_smallest_size(name):
 @pytest.mark.parametrize("name", REGISTRY)
 def test_image_below_the_smallest_size_is_an_error(name):
     size = REGISTRY[name].min_size
-    with pytest.raises(
-        ConfigError, match=f"got images of {size - 1}x64 pixels, want {size}x{size} or more"
-    ) as e:
+    with pytest.raises(ConfigError, match=f"got images of {size - 1}x64 pixels, want {size}x{size} or more") as e:
         build(name, (3, size - 1, 64))
     assert f"--image-size {size}" in str(e.value)
 

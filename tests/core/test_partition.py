@@ -73,9 +73,7 @@ def oracle_batch(units: list[UnitProfile], available: Fraction, cap: int) -> int
     return max((b for b in range(1, cap + 1) if oracle_peak(units, b) <= available), default=0)
 
 
-def oracle_partition(
-    units: list[UnitProfile], budget: int, cfg: MemoryConfig
-) -> list[tuple[int, int, int]] | None:
+def oracle_partition(units: list[UnitProfile], budget: int, cfg: MemoryConfig) -> list[tuple[int, int, int]] | None:
     """The joining rule spelled out, unit by unit; None where a unit alone takes no allowed batch."""
     available = budget * (1 - Fraction(str(cfg.safety_margin)))
     threshold = Fraction(str(cfg.join_threshold))
@@ -93,16 +91,12 @@ def oracle_partition(
                 block.append(unit_idx)
                 continue
         blocks.append([unit_idx])
-    return [
-        (b[0], b[-1] + 1, oracle_batch([units[i] for i in b], available, cfg.max_batch_size)) for b in blocks
-    ]
+    return [(b[0], b[-1] + 1, oracle_batch([units[i] for i in b], available, cfg.max_batch_size)) for b in blocks]
 
 
 @settings(max_examples=400, deadline=None)
 @given(units=unit_lists(), budget=st.integers(1, 900), cfg=configs)
-def test_partition_equals_the_brute_force_oracle(
-    units: list[UnitProfile], budget: int, cfg: MemoryConfig
-) -> None:
+def test_partition_equals_the_brute_force_oracle(units: list[UnitProfile], budget: int, cfg: MemoryConfig) -> None:
     expected = oracle_partition(units, budget, cfg)
     if expected is None:
         with pytest.raises(PlanError):

@@ -88,9 +88,7 @@ def test_layers_are_described_with_their_weights_and_flops(vgg_plan: Plan) -> No
 
 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("float16", 2), ("bfloat16", 2), ("float32", 4)])
-def test_shard_bytes_are_those_of_the_stored_splits_and_none_for_the_last_block(
-    dtype: str, num_bytes: int
-) -> None:
+def test_shard_bytes_are_those_of_the_stored_splits_and_none_for_the_last_block(dtype: str, num_bytes: int) -> None:
     plan = plan_32(make_cfg("convnet", "6MiB", storage={"dtype": dtype}))
     assert len(plan.blocks) >= 2
     for block in plan.blocks[:-1]:
@@ -127,9 +125,7 @@ def test_the_smallest_budget_of_the_error_makes_a_plan_and_one_byte_less_does_no
 
 
 def test_a_model_that_suits_the_images_is_picked_and_named() -> None:
-    plan = make_plan(
-        make_cfg(None, "64MiB", unit_layers=3), image_shape=(1, 8, 8), num_classes=10, split_rows=ROWS
-    )
+    plan = make_plan(make_cfg(None, "64MiB", unit_layers=3), image_shape=(1, 8, 8), num_classes=10, split_rows=ROWS)
     assert plan.model == "convnet"
 
 

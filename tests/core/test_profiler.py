@@ -153,9 +153,7 @@ def test_resident_bytes_are_weights_buffers_and_momentum() -> None:
     ("name", "unit_layers", "precision"),
     [("convnet", 1, "bf16"), ("vgg11_bn", 3, "fp32"), ("vgg11_bn", 3, "bf16"), ("resnet18", 3, "fp32")],
 )
-def test_fitted_lines_lie_above_every_batch_and_touch_both_ends(
-    name: str, unit_layers: int, precision: str
-) -> None:
+def test_fitted_lines_lie_above_every_batch_and_touch_both_ends(name: str, unit_layers: int, precision: str) -> None:
     cfg = TrainConfig(precision=precision)
     network = make_network(name, unit_layers)
     profiles = profile_units(
@@ -182,9 +180,7 @@ def test_a_block_takes_at_most_the_bytes_added_up_from_its_units() -> None:
         network.units, network.ranges, network.in_shapes, train=cfg, device=CPU, batch_sizes=[2, 16, 64]
     )
     for start, stop in [(0, 2), (1, 4), (4, 8)]:
-        exact = predict_block_peak(
-            network.units[start:stop], network.in_shapes[start], 24, train=cfg, device=CPU
-        )
+        exact = predict_block_peak(network.units[start:stop], network.in_shapes[start], 24, train=cfg, device=CPU)
         assert exact <= block_peak_bytes(profiles[start:stop], 24) <= 1.1 * exact
 
 
@@ -207,9 +203,7 @@ def test_profiling_takes_none_of_the_memory_it_predicts() -> None:
 @pytest.mark.parametrize(
     ("smallest", "largest", "expected"), [(2, 128, [2, 65, 128]), (2, 2, [2, 3, 4]), (4, 8, [4, 6, 8])]
 )
-def test_probes_span_the_batches_that_a_plan_may_choose(
-    smallest: int, largest: int, expected: list[int]
-) -> None:
+def test_probes_span_the_batches_that_a_plan_may_choose(smallest: int, largest: int, expected: list[int]) -> None:
     assert probe_batch_sizes(smallest, largest) == expected
 
 
@@ -260,9 +254,7 @@ def test_head_params_and_flops_are_those_of_the_head_alone() -> None:
     in_shape = network.in_shapes[0]
     out_NCHW, _ = unit(torch.zeros(2, *in_shape))
     features = out_NCHW[0].numel()
-    (profile,) = profile_units(
-        [unit], [(0, 6)], [in_shape], train=TrainConfig(), device=CPU, batch_sizes=[2, 8]
-    )
+    (profile,) = profile_units([unit], [(0, 6)], [in_shape], train=TrainConfig(), device=CPU, batch_sizes=[2, 8])
     assert profile.head_params == count_params(unit.head) == features * 7 + 7
     assert profile.head_flops == 2 * features * 7
 

@@ -20,9 +20,7 @@ CFG = TrainConfig(momentum=0.9, weight_decay=0.01)
 def make_unit(in_channels: int, out_channels: int, seed: int) -> LocalUnit:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layer = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels)
-        )
+        layer = nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels))
         head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(out_channels, 4))
     return LocalUnit([layer], head)
 

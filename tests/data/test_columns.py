@@ -38,9 +38,7 @@ def test_of_two_candidates_the_one_with_an_images_name_is_taken():
 def test_two_equal_candidates_are_an_error_that_names_both():
     schema = pa.schema([("left", pa.binary()), ("right", pa.binary())])
 
-    with pytest.raises(
-        DataError, match=r"a.parquet: columns \['left', 'right'\] could all be the image"
-    ) as caught:
+    with pytest.raises(DataError, match=r"a.parquet: columns \['left', 'right'\] could all be the image") as caught:
         find_image_column(schema, None, "a.parquet")
     assert "--set data.image_column" in str(caught.value)
 
@@ -81,16 +79,12 @@ def test_given_label_column_that_is_missing_is_named():
 
 
 def test_label_column_of_floats_is_refused():
-    with pytest.raises(
-        DataError, match=r"a.parquet, column 'label': type double, want whole numbers or text"
-    ):
+    with pytest.raises(DataError, match=r"a.parquet, column 'label': type double, want whole numbers or text"):
         find_label_column(pa.schema([("label", pa.float64())]), None, "a.parquet")
 
 
 def test_struct_and_plain_bytes_give_the_bytes_and_name_what_is_missing():
-    struct = pa.array(
-        [{"bytes": b"a", "path": "p"}, None, {"bytes": None, "path": "p"}, {"bytes": b"", "path": ""}]
-    )
+    struct = pa.array([{"bytes": b"a", "path": "p"}, None, {"bytes": None, "path": "p"}, {"bytes": b"", "path": ""}])
     nulls = [Unusable("it is null"), Unusable("it is null"), Unusable("it has no bytes")]
 
     assert cells(pa.array(struct.to_pylist(), STRUCT)) == [b"a", *nulls]

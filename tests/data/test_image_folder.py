@@ -101,9 +101,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
     write_images(tmp_path / "set/a", 1)
     (tmp_path / "set/a/z.png").symlink_to(tmp_path / "outside/0.png")
 
-    assert (
-        problem_of(ImageFolderSource(tmp_path / "set"), 1) == "it is a link that leads out of the data folder"
-    )
+    assert problem_of(ImageFolderSource(tmp_path / "set"), 1) == "it is a link that leads out of the data folder"
 
 
 def test_a_sibling_folder_whose_name_starts_alike_is_outside(tmp_path):
@@ -111,9 +109,7 @@ def test_a_sibling_folder_whose_name_starts_alike_is_outside(tmp_path):
     write_images(tmp_path / "set/a", 1)
     (tmp_path / "set/a/z.png").symlink_to(tmp_path / "set-private/0.png")
 
-    assert (
-        problem_of(ImageFolderSource(tmp_path / "set"), 1) == "it is a link that leads out of the data folder"
-    )
+    assert problem_of(ImageFolderSource(tmp_path / "set"), 1) == "it is a link that leads out of the data folder"
 
 
 def test_a_link_inside_the_folder_is_followed(tmp_path):
@@ -205,9 +201,7 @@ def test_a_class_of_test_that_train_lacks_is_named(tmp_path):
     for folder in ("train/a", "train/b", "test/a", "test/c"):
         write_images(tmp_path / folder, 1)
 
-    with pytest.raises(
-        DataError, match=r"class 2 \('c'\) has no image in split train; first seen at test/c/0.png"
-    ):
+    with pytest.raises(DataError, match=r"class 2 \('c'\) has no image in split train; first seen at test/c/0.png"):
         read_labels(ImageFolderSource(tmp_path))
 
 

@@ -15,8 +15,7 @@ SHAPE = (1, 6, 6)
 
 def opened(source, shape=SHAPE, **settings):
     return [
-        (name, int(image[0, 0, 0]))
-        for name, image in open_images(DataConfig(source=str(source), **settings), shape)
+        (name, int(image[0, 0, 0])) for name, image in open_images(DataConfig(source=str(source), **settings), shape)
     ]
 
 
@@ -70,9 +69,7 @@ def test_all_splits_are_predicted(tmp_path):
 def test_grey_images_suit_a_colour_model_and_other_sizes_need_image_size(tmp_path):
     write_parquet(tmp_path / "a.parquet", images(3, size=9), [0, 1, 0])
 
-    with pytest.raises(
-        DataError, match=r"a.parquet, row 0, column 'image': the image has 9 rows of 9 pixels"
-    ):
+    with pytest.raises(DataError, match=r"a.parquet, row 0, column 'image': the image has 9 rows of 9 pixels"):
         opened(tmp_path)
     assert opened(tmp_path, shape=(3, 6, 6), image_size=6) == [(f"a.parquet:{row}", row) for row in range(3)]
 
@@ -120,18 +117,14 @@ def test_classes_are_matched_by_name(tmp_path):
 def test_a_class_that_the_model_does_not_know_is_named(tmp_path):
     write_parquet(tmp_path / "a.parquet", images(3), ["dog", "eel", "dog"])
 
-    with pytest.raises(
-        DataError, match=r"a.parquet, row 1, column 'label': class 'eel' is none of the model's 2"
-    ):
+    with pytest.raises(DataError, match=r"a.parquet, row 1, column 'label': class 'eel' is none of the model's 2"):
         labelled(tmp_path, ("cat", "dog"))
 
 
 def test_a_number_that_the_model_does_not_know_is_out_of_range(tmp_path):
     write_parquet(tmp_path / "a.parquet", images(3), [0, 5, 1])
 
-    with pytest.raises(
-        DataError, match=r"a.parquet, row 1, column 'label': label 5 is out of range, want 0 to 1"
-    ):
+    with pytest.raises(DataError, match=r"a.parquet, row 1, column 'label': label 5 is out of range, want 0 to 1"):
         labelled(tmp_path, ("cat", "dog"))
 
 

@@ -166,9 +166,7 @@ def test_skipping_all_images_of_a_class_is_an_error(tmp_path):
     cells = [b"junk" if row % 3 == 2 else image for row, image in enumerate(images(60))]
     write_parquet(tmp_path / "in/a.parquet", cells, [row % 3 for row in range(60)])
 
-    with pytest.raises(
-        DataError, match=r"class 2 \('2'\) has no image left in split train: 20 images skipped"
-    ):
+    with pytest.raises(DataError, match=r"class 2 \('2'\) has no image left in split train: 20 images skipped"):
         run_ingest(tmp_path, make_config(tmp_path / "in", on_bad_image="skip"))
 
 
@@ -191,9 +189,7 @@ def test_sizes_that_differ_are_an_error_until_image_size_is_given(tmp_path):
     cells = [encode(pixels_of(row, size=8 if row == 11 else 6)) for row in range(40)]
     write_parquet(tmp_path / "in/a.parquet", cells, [row % 2 for row in range(40)])
 
-    with pytest.raises(
-        DataError, match=r"a.parquet, row 11, column 'image': the image has 8 rows of 8"
-    ) as caught:
+    with pytest.raises(DataError, match=r"a.parquet, row 11, column 'image': the image has 8 rows of 8") as caught:
         run_ingest(tmp_path, make_config(tmp_path / "in", on_bad_image="skip"))
     assert "--image-size 6" in str(caught.value)
     _, _, manifest = run_ingest(tmp_path, make_config(tmp_path / "in", image_size=7), "resized")
@@ -292,9 +288,7 @@ with open("/proc/self/status") as status:
 
 
 def _peak_kib(folder):
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(folder)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", _MEASURE, str(folder)], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 

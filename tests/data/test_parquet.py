@@ -122,9 +122,7 @@ def test_a_text_label_that_train_lacks_is_named(tmp_path):
     write_parquet(tmp_path / "train.parquet", images(2), ["cat", "dog"])
     write_parquet(tmp_path / "test.parquet", images(2), ["cat", "eel"])
 
-    with pytest.raises(
-        DataError, match=r"class 2 \('eel'\) has no image.*test.parquet, row 1, column 'label'"
-    ):
+    with pytest.raises(DataError, match=r"class 2 \('eel'\) has no image.*test.parquet, row 1, column 'label'"):
         read_labels(source_of(tmp_path))
 
 
@@ -167,9 +165,7 @@ def test_rows_in_errors_are_counted_per_file(tmp_path):
 def test_a_label_beyond_the_named_classes_is_out_of_range(tmp_path):
     write_parquet(tmp_path / "a.parquet", images(3), [0, 1, 2], metadata=names_metadata("cat", "dog"))
 
-    with pytest.raises(
-        DataError, match=r"a.parquet, row 2, column 'label': label 2 is out of range, want 0 to 1"
-    ):
+    with pytest.raises(DataError, match=r"a.parquet, row 2, column 'label': label 2 is out of range, want 0 to 1"):
         read_labels(source_of(tmp_path))
 
 
@@ -177,9 +173,7 @@ def test_files_that_name_classes_differently_are_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", images(2), [0, 1], metadata=names_metadata("cat", "dog"))
     write_parquet(tmp_path / "b.parquet", images(2), [0, 1], metadata=names_metadata("dog", "cat"))
 
-    with pytest.raises(
-        DataError, match=r"b.parquet in .* class names \(dog, cat\), the first file's \(cat, dog\)"
-    ):
+    with pytest.raises(DataError, match=r"b.parquet in .* class names \(dog, cat\), the first file's \(cat, dog\)"):
         read_labels(source_of(tmp_path))
 
 

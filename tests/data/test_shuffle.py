@@ -14,9 +14,7 @@ def raws(rows, size=1):
 def test_a_window_loses_and_doubles_nothing(num, max_images, max_bytes):
     rng = np.random.default_rng(0)
 
-    got = [
-        raw.row for raw in shuffle_window(raws(range(num)), rng, max_images=max_images, max_bytes=max_bytes)
-    ]
+    got = [raw.row for raw in shuffle_window(raws(range(num)), rng, max_images=max_images, max_bytes=max_bytes)]
 
     assert sorted(got) == list(range(num))
 

@@ -32,9 +32,7 @@ def test_the_packaged_file_is_small():
 
 @pytest.mark.parametrize("source", ["no-such-folder", "/no/such/folder", "NoSuchSet"])
 def test_a_source_that_is_not_there_is_named(source):
-    with pytest.raises(
-        DataError, match=f"data source {source}: no such folder, file or torchvision data set"
-    ):
+    with pytest.raises(DataError, match=f"data source {source}: no such folder, file or torchvision data set"):
         open_source(DataConfig(source=source))
 
 

@@ -18,7 +18,6 @@ from nf_pipeline.driver.doctor import (
     check_store,
     exit_code_of,
     run_checks,
-    usable_cpus,
 )
 from nf_pipeline.storage.store import open_store
 
@@ -97,18 +96,6 @@ def test_disk_check_leaves_object_stores_alone() -> None:
     assert check_disk("s3://bucket/prefix") == check_disk("ftp://host/runs") == []
 
 
-@pytest.mark.parametrize(("text", "cpus"), [("50000 100000\n", 0.5), ("max 100000\n", None), ("odd", None)])
-def test_usable_cpus_respects_the_limit_of_a_container(
-    text: str, cpus: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "CGROUP_CPU_LIMIT", tmp_path / "absent")
-    unlimited = usable_cpus()
-    (tmp_path / "cpu.max").write_text(text)
-    monkeypatch.setattr(doctor, "CGROUP_CPU_LIMIT", tmp_path / "cpu.max")
-    assert usable_cpus() == (unlimited if cpus is None else cpus)
-    assert unlimited >= 1
-
-
 @pytest.mark.parametrize(
     ("names", "code"), [([], 0), (["torch"], 2), (["store"], 4), (["store", "torch"], 4), (["ray: task"], 2)]
 )
@@ -129,9 +116,7 @@ def test_broken_torch_is_a_finding_and_not_an_error(tmp_path: Path) -> None:
     )
     path = os.pathsep.join([str(tmp_path), str(Path(doctor.__file__).parents[2])])
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert done.stdout.strip() == "['cannot be imported: libcudart.so not found'] 2", done.stderr
 
 

@@ -30,9 +30,7 @@ def _shard(key: str) -> ShardInfo:
     return ShardInfo(key=key, num_bytes=len(DATA), num_rows=1, checksum=checksum_of(DATA))
 
 
-def commit(
-    store: Store, key: str, stage: str, *, shards: list[str] = (), weights: str = "", facts=None
-) -> None:
+def commit(store: Store, key: str, stage: str, *, shards: list[str] = (), weights: str = "", facts=None) -> None:
     manifest = StageManifest(
         stage=stage,
         fingerprint="f",

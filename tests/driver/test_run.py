@@ -120,9 +120,7 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(digits_config:
 
 
 @pytest.mark.parametrize("after_epochs", [1, 2, 3, 5])
-def test_run_stopped_after_any_epoch_ends_with_the_same_weights(
-    digits_config: MakeConfig, after_epochs: int
-) -> None:
+def test_run_stopped_after_any_epoch_ends_with_the_same_weights(digits_config: MakeConfig, after_epochs: int) -> None:
     straight = train(digits_config(run="straight", train__epochs=3))
     config = digits_config(run="stopped", train__epochs=3)
 

@@ -32,9 +32,7 @@ def test_run_on_s3_by_ray_ends_with_the_weights_of_a_local_inline_run(
     assert predict(uri, "digits", f"{tmp_path}/out.parquet")["rows"] == 1797
 
 
-def test_run_on_s3_stopped_in_a_block_resumes_to_the_same_weights(
-    digits_config: MakeConfig, minio_uri: str
-) -> None:
+def test_run_on_s3_stopped_in_a_block_resumes_to_the_same_weights(digits_config: MakeConfig, minio_uri: str) -> None:
     straight = train(digits_config())
 
     def stop(event: Event) -> None:
@@ -51,8 +49,6 @@ def test_run_on_s3_stopped_in_a_block_resumes_to_the_same_weights(
     assert resume(f"{minio_uri}/run")["weights_checksum"] == straight["weights_checksum"]
 
 
-def test_missing_bucket_ends_with_a_storage_error_that_names_it(
-    digits_config: MakeConfig, minio_uri: str
-) -> None:
+def test_missing_bucket_ends_with_a_storage_error_that_names_it(digits_config: MakeConfig, minio_uri: str) -> None:
     with pytest.raises(StorageError, match="no-such-bucket"):
         train(digits_config(storage__uri="s3://no-such-bucket/runs"))

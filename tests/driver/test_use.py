@@ -63,9 +63,7 @@ def test_predictions_agree_with_the_loaded_model_for_any_batch_size(
     assert (a["label"].to_numpy() == truth).mean() == pytest.approx(chosen["accuracy"])
 
 
-def test_prediction_of_an_image_folder_resizes_to_the_model(
-    finished: tuple[str, dict], tmp_path: Path
-) -> None:
+def test_prediction_of_an_image_folder_resizes_to_the_model(finished: tuple[str, dict], tmp_path: Path) -> None:
     uri, _ = finished
     for name, size in (("small.png", 8), ("large.png", 40)):
         Image.fromarray(np.full((size, size), 128, np.uint8)).save(tmp_path / name)

@@ -113,7 +113,5 @@ def test_address_without_a_cluster_is_a_configuration_error() -> None:
         "except ConfigError as error:\n"
         "    print('ConfigError', '127.0.0.1:1' in str(error))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "ConfigError True", done.stderr[-2000:]

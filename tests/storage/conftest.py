@@ -45,8 +45,6 @@ def write(store):
         ) as writer:
             writer.append(tensors, labels, sample_ids)
         shards = writer.close()
-        return Written(
-            store=store, spec=spec, shards=shards, tensors=tensors, labels=labels, sample_ids=sample_ids
-        )
+        return Written(store=store, spec=spec, shards=shards, tensors=tensors, labels=labels, sample_ids=sample_ids)
 
     return write_rows

@@ -36,9 +36,7 @@ def test_objects_of_a_block_attempt_live_below_its_id():
 
 def test_ingest_and_model_have_attempts_and_a_manifest():
     assert LAYOUT.ingest_attempt("aa") == "demo/ingest/attempt-aa"
-    assert (
-        LAYOUT.ingest_shard("demo/ingest/attempt-aa", "val", 0) == "demo/ingest/attempt-aa/val-00000.parquet"
-    )
+    assert LAYOUT.ingest_shard("demo/ingest/attempt-aa", "val", 0) == "demo/ingest/attempt-aa/val-00000.parquet"
     assert LAYOUT.ingest_manifest == "demo/ingest/manifest.json"
     assert LAYOUT.model_attempt("aa") == "demo/model/attempt-aa"
     assert LAYOUT.model_manifest == "demo/model/manifest.json"

@@ -96,9 +96,7 @@ def test_answer_that_is_no_s3_is_a_storage_error(minio_uri, monkeypatch):
                 return
             with connection:
                 connection.recv(65536)
-                connection.sendall(
-                    b"HTTP/1.1 418 Teapot\r\nContent-Length: 5\r\nConnection: close\r\n\r\n<html"
-                )
+                connection.sendall(b"HTTP/1.1 418 Teapot\r\nContent-Length: 5\r\nConnection: close\r\n\r\n<html")
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=answer, args=(listener,), daemon=True).start()
