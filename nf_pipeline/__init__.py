@@ -29,7 +29,4 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'nf_pipeline' has no attribute {name!r}")
     module, attribute = _PLACES[name]
-    # Kept in the module's namespace, so that the package's own submodule `plan` does not hide the function.
-    value = getattr(importlib.import_module(module), attribute)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(module), attribute)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.units import parse_bytes
@@ -24,7 +24,7 @@ ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class DataConfig(_Section):
@@ -70,6 +70,12 @@ class MemoryConfig(_Section):
     """Part of the budget that plans leave free."""
     join_threshold: float = Field(default=0.4, ge=0.0, le=1.0)
     """Units join a block while their feasible batch differs by at most this part."""
+
+    @model_validator(mode="after")
+    def _order_batch_sizes(self) -> "MemoryConfig":
+        if self.max_batch_size < self.min_batch_size:
+            raise ValueError(f"max_batch_size {self.max_batch_size} is below min_batch_size {self.min_batch_size}")
+        return self
 
 
 class TrainConfig(_Section):
@@ -127,14 +133,14 @@ class StorageConfig(_Section):
 
 
 class ClusterConfig(_Section):
-    """Where stages run. Never changes the result, so it is not part of the fingerprint."""
+    """Where stages run; not part of the fingerprint. Only `num_threads` can change the result, in its last bits."""
 
     executor: Literal["ray", "inline"] = "ray"
     """`inline` runs every stage in this process; `ray` as Ray tasks."""
     address: str | None = None
     """Ray address to join; None starts a local Ray and stops it at the end."""
     num_threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads of a training worker; None takes all that the driver's machine has."""
+    """CPU threads of a training worker; None takes what the run began with, at first all of the driver's machine."""
     placement_timeout_s: float = Field(default=60.0, gt=0.0)
     """How long a task may wait for a worker before the run fails with what is missing."""
 
@@ -155,7 +161,8 @@ class RunConfig(_Section):
     @property
     def fingerprint(self) -> str:
         """Hash of every setting that can change the result (16 hex digits)."""
-        settings = self.model_dump(exclude={"run": True, "cluster": True, "storage": {"uri"}})
+        excluded = {"run": True, "cluster": True, "storage": {"uri"}, "data": {"decode_threads"}}
+        settings = self.model_dump(exclude=excluded)
         return fingerprint_of({"format_version": FORMAT_VERSION, **settings})
 
 

@@ -50,7 +50,7 @@ class Progress(Event):
         phase: "read", "profile", "train", "validate" or "write".
         done, total: in the phase's own unit (samples, units of the profile); total 0 if unknown.
         epoch, num_epochs: 1-based epoch, 0 outside training.
-        loss: mean training loss of the last unit since the last event.
+        loss: newest fetched training loss of the last unit.
         images_per_s: in this phase.
         peak_bytes: measured since the stage began.
     """

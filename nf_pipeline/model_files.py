@@ -11,8 +11,8 @@ from typing import Any
 import safetensors.torch
 
 from nf_pipeline.config import FORMAT_VERSION
-from nf_pipeline.core.exit_model import ExitModel, build_exit_model
-from nf_pipeline.errors import ObjectCorrupt
+from nf_pipeline.core.exit_model import ExitModel, ExitSpec, build_exit_model
+from nf_pipeline.errors import ConfigError, ObjectCorrupt
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import checksum_of
@@ -80,16 +80,15 @@ class ModelCard:
 
     def build(self) -> ExitModel:
         """Builds the architecture with fresh weights."""
-        return build_exit_model(
+        spec = ExitSpec(
             model=self.model,
             image_shape=self.image_shape,
             num_classes=self.num_classes,
             head=self.head,
             unit_layers=self.unit_layers,
             num_units=self.num_units,
-            mean=self.mean,
-            std=self.std,
         )
+        return build_exit_model(spec, mean=self.mean, std=self.std)
 
 
 def read_card(store: Store, layout: RunLayout) -> ModelCard:
@@ -128,6 +127,12 @@ def load_model(uri: str, *, model: str | None = None) -> ExitModel:
             "delete the run's model/ folder and resume the run: it is assembled anew",
         )
     loaded = card.build()
-    loaded.load_state_dict(safetensors.torch.load(data), strict=True)
+    try:
+        loaded.load_state_dict(safetensors.torch.load(data), strict=True)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{card.model} no longer has the weights that were trained: {error}",
+            "use the model factory as it was when the run was trained",
+        ) from None
     loaded.card = card
     return loaded

@@ -7,8 +7,8 @@ import enum
 
 from nf_pipeline.errors import OutOfBudget, WorkerLost
 
-MAX_ATTEMPTS_WORKER_LOST = 4
-MAX_ATTEMPTS_OUT_OF_BUDGET = 3
+MAX_WORKERS_LOST = 4
+MAX_TIMES_OUT_OF_BUDGET = 3
 
 
 class Decision(enum.Enum):
@@ -19,15 +19,15 @@ class Decision(enum.Enum):
     RAISE = "give up"
 
 
-def decide(error: BaseException, attempts: int) -> Decision:
-    """Decides from the error and the number of attempts made, the failed one included.
+def decide(error: BaseException, failures: int) -> Decision:
+    """Decides from the error and how often this kind of error has ended an attempt, this time included.
 
     A lost worker says nothing about the work: retry. Too much memory would happen again: retry smaller.
     Everything else (bad data, divergence, storage that stayed broken through its own retries) is final.
     """
-    if isinstance(error, WorkerLost) and attempts < MAX_ATTEMPTS_WORKER_LOST:
+    if isinstance(error, WorkerLost) and failures < MAX_WORKERS_LOST:
         return Decision.RETRY
-    if isinstance(error, OutOfBudget) and attempts < MAX_ATTEMPTS_OUT_OF_BUDGET:
+    if isinstance(error, OutOfBudget) and failures < MAX_TIMES_OUT_OF_BUDGET:
         return Decision.SHRINK_BATCH
     return Decision.RAISE
 

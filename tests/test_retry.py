@@ -8,7 +8,7 @@ TOO_BIG = OutOfBudget("block-000", "peak over budget")
 
 
 @pytest.mark.parametrize(
-    ("error", "attempts", "want"),
+    ("error", "failures", "want"),
     [
         (LOST, 1, Decision.RETRY),
         (LOST, 3, Decision.RETRY),
@@ -23,8 +23,10 @@ TOO_BIG = OutOfBudget("block-000", "peak over budget")
         (KeyError("bug"), 1, Decision.RAISE),
     ],
 )
-def test_decision_follows_cause_and_attempts(error: BaseException, attempts: int, want: Decision) -> None:
-    assert decide(error, attempts) is want
+def test_decision_follows_cause_and_how_often_it_happened(
+    error: BaseException, failures: int, want: Decision
+) -> None:
+    assert decide(error, failures) is want
 
 
 def test_batch_shrinks_until_two_samples() -> None:

@@ -8,21 +8,19 @@ be repeated: finished stages are skipped, so a job that was lost is submitted ag
 
 import argparse
 import json
+import sys
 
 from nf_pipeline import RunConfig, train
+from nf_pipeline.errors import NFError
 
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the few things that differ between places where the job runs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder or URI of Parquet with images and labels")
     parser.add_argument("--store", default="./nf-runs", help="folder or s3://bucket/prefix that holds runs")
     parser.add_argument("--run", default="cifar10-vgg11", help="name of the run; the same name resumes it")
-    parser.add_argument(
-        "--memory-budget", default="64MiB", help="what training may hold on a worker's device"
-    )
+    parser.add_argument("--memory-budget", default="64MiB", help="what training may hold on a worker's device")
     parser.add_argument("--max-train-images", type=int, help="train on a stratified, seeded subset")
     parser.add_argument("--address", help="Ray cluster to join; a local Ray is started when not given")
     return parser.parse_args()
@@ -41,5 +39,8 @@ def make_config(arguments: argparse.Namespace) -> RunConfig:
 
 
 if __name__ == "__main__":  # worker processes import this file again
-    summary = train(make_config(parse_arguments()))
-    print(json.dumps(summary, indent=2))
+    try:
+        print(json.dumps(train(make_config(parse_arguments())), indent=2))
+    except NFError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from nf_pipeline.cli.run_view import RunView
 from nf_pipeline.events import EpochDone, Event, Note, Progress, StageDone, StageFailed, StageSkipped
-from nf_pipeline.plan import Plan
+from nf_pipeline.plans import Plan
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBars

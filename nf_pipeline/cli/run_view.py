@@ -17,7 +17,7 @@ from nf_pipeline.events import (
     StageSkipped,
     StageStarted,
 )
-from nf_pipeline.plan import BlockPlan, Plan
+from nf_pipeline.plans import BlockPlan, Plan
 from nf_pipeline.units import format_bytes
 
 _BLOCK_PREFIX = "block-"

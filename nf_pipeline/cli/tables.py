@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nf_pipeline.cli.run_view import format_duration, format_peak
-from nf_pipeline.plan import BlockPlan, Plan
+from nf_pipeline.plans import BlockPlan, Plan
 from nf_pipeline.units import format_bytes
 
 STALE_AFTER_S = 600.0

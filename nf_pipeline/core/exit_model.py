@@ -4,6 +4,7 @@ Takes raw pixels, so that whoever loads it needs to know nothing about normalisa
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,6 +12,27 @@ from torch import nn
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.local_unit import LocalUnit, build_units, unit_ranges
 from nf_pipeline.core.models import build_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitSpec:
+    """Which units of which model: all that its architecture follows from.
+
+    Attributes:
+        model: registry name or "package.module:factory".
+        image_shape: (C, H, W) of the images.
+        num_classes: K.
+        head: name of the auxiliary head.
+        unit_layers: layers per unit.
+        num_units: units from the model's input to the exit.
+    """
+
+    model: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    head: str
+    unit_layers: int
+    num_units: int
 
 
 class Normalise(nn.Module):
@@ -49,40 +71,27 @@ class ExitModel(nn.Module):
         return self.head(self.layers(self.normalise(pixels_NCHW)))
 
 
-def build_exit_model(
-    *,
-    model: str,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    head: str,
-    unit_layers: int,
-    num_units: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> ExitModel:
-    """Builds the architecture with `num_units` units and fresh weights, ready for `load_state_dict`."""
-    units = build_first_units(
-        model=model,
-        image_shape=image_shape,
-        num_classes=num_classes,
-        head=head,
-        unit_layers=unit_layers,
-        num_units=num_units,
-    )
-    return ExitModel(units, mean, std).eval()
+def build_exit_model(spec: ExitSpec, *, mean: Sequence[float], std: Sequence[float]) -> ExitModel:
+    """Builds the architecture with fresh weights, in inference mode, ready for `load_state_dict`.
+
+    Args:
+        spec: the model and its exit.
+        mean, std: per channel, of pixels scaled to [0, 1].
+
+    Raises:
+        ConfigError: the model cannot be built or cut.
+    """
+    return ExitModel(build_first_units(spec), mean, std).eval()
 
 
-def build_first_units(
-    *,
-    model: str,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    head: str,
-    unit_layers: int,
-    num_units: int,
-    seed: int = 0,
-) -> list[LocalUnit]:
-    """Builds the first `num_units` units of a model with fresh weights."""
-    cut_model = cut(build_model(model, image_shape=image_shape, num_classes=num_classes, seed=seed), image_shape)
-    available = len(unit_ranges(len(cut_model.layers), unit_layers))
-    return build_units(cut_model, head, unit_layers, num_classes, seed, units=range(min(num_units, available)))
+def build_first_units(spec: ExitSpec, *, seed: int = 0) -> list[LocalUnit]:
+    """Builds the first units of a model with fresh weights, all of them where it has fewer than asked for.
+
+    Raises:
+        ConfigError: the model cannot be built or cut.
+    """
+    model = build_model(spec.model, image_shape=spec.image_shape, num_classes=spec.num_classes, seed=seed)
+    cut_model = cut(model, spec.image_shape)
+    available = len(unit_ranges(len(cut_model.layers), spec.unit_layers))
+    first = range(min(spec.num_units, available))
+    return build_units(cut_model, spec.head, spec.unit_layers, spec.num_classes, seed, units=first)

@@ -60,6 +60,11 @@ def measure_peak(device: torch.device) -> PeakMeter:
     return CudaPeak(device) if device.type == "cuda" else LiveBytes(device)
 
 
+def total_bytes(device: torch.device) -> int | None:
+    """Returns all memory of a GPU; None for a CPU, whose memory is everybody's."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 class LiveBytes(TorchDispatchMode):
     """Live tensor storage bytes of one device, real or fake.
 
@@ -169,11 +174,6 @@ class CudaPeak:
     def peak_bytes(self) -> int:
         """Most bytes allocated since the start or the last `reset_peak`."""
         return torch.cuda.max_memory_allocated(self._device)
-
-    @property
-    def peak_reserved_bytes(self) -> int:
-        """Most bytes that the allocator took from the device: with fragmentation and its cache."""
-        return torch.cuda.max_memory_reserved(self._device)
 
     def track(self, *owners: Trackable) -> None:
         """Does nothing: the allocator knows every tensor."""

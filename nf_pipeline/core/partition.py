@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from nf_pipeline.config import MemoryConfig
 from nf_pipeline.errors import PlanError
-from nf_pipeline.plan import UnitProfile
+from nf_pipeline.plans import UnitProfile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ def partition(
     cfg: MemoryConfig,
     *,
     unit_names: Sequence[str] | None = None,
+    cap_name: str = "memory.max_batch_size",
 ) -> list[Group]:
     """Cuts the units into blocks that cover them in order without gaps.
 
@@ -49,6 +50,7 @@ def partition(
         budget_bytes: what the training process may hold, the safety margin included.
         cfg: thresholds, margin and batch limits; its own budget is not read.
         unit_names: for errors and reasons; "unit 3" when not given.
+        cap_name: what `cfg.max_batch_size` stands for, for reasons.
 
     Raises:
         PlanError: a unit alone cannot train with the smallest batch; names the unit that needs the most.
@@ -60,11 +62,21 @@ def partition(
     start = 0
     while start < len(units):
         stop, reason = _grow(units, names, start, available, cfg)
-        batch_size = feasible_batch(units[start:stop], available, cfg.max_batch_size)
-        limit = _limit_reason(units[start:stop], names[start:stop], batch_size, cfg)
+        batch_size, limit = limit_batch(units[start:stop], names[start:stop], available, cfg, cap_name)
         groups.append(Group(start=start, stop=stop, batch_size=batch_size, reason=f"{reason}; {limit}"))
         start = stop
     return groups
+
+
+def limit_batch(
+    units: Sequence[UnitProfile], names: Sequence[str], available: int, cfg: MemoryConfig, cap_name: str
+) -> tuple[int, str]:
+    """Returns the largest batch of a block's units, and what keeps it from being larger."""
+    batch_size = feasible_batch(units, available, cfg.max_batch_size)
+    if batch_size == cfg.max_batch_size:
+        return batch_size, f"batch {batch_size} is {cap_name}"
+    needed = [unit.peak_bytes(batch_size + 1) - unit.resident_bytes for unit in units]
+    return batch_size, f"batch {batch_size} is what {names[needed.index(max(needed))]} leaves room for"
 
 
 def effective_budget(budget_bytes: int, cfg: MemoryConfig) -> int:
@@ -84,14 +96,8 @@ def budget_for(needed_bytes: int, cfg: MemoryConfig) -> int:
     return -(-needed_bytes * keep.denominator // keep.numerator)
 
 
-def block_peak_bytes(units: Sequence[UnitProfile], batch_size: int) -> int:
-    """Predicts the bytes of a block's training step: the worst unit, with all others resident."""
-    resident = sum(unit.resident_bytes for unit in units)
-    return max(unit.peak_bytes(batch_size) - unit.resident_bytes for unit in units) + resident
-
-
 def feasible_batch(units: Sequence[UnitProfile], available_bytes: int, max_batch_size: int) -> int:
-    """Returns the largest batch, at most the cap, whose `block_peak_bytes` fits; 0 or less if none does."""
+    """Returns the largest batch, at most the cap, with which a block of units fits; 0 or less if none does."""
     free = available_bytes - sum(unit.resident_bytes for unit in units)
     batch_size = max_batch_size
     for unit in units:
@@ -131,10 +137,3 @@ def _grow(
         if joint < (1 - threshold) * reference or joint < cfg.min_batch_size:
             return stop, f"with {names[stop]} the batch would fall from {reference} to {max(joint, 0)}"
     return len(units), "the model ends"
-
-
-def _limit_reason(units: Sequence[UnitProfile], names: Sequence[str], batch_size: int, cfg: MemoryConfig) -> str:
-    if batch_size == cfg.max_batch_size:
-        return f"batch {batch_size} is memory.max_batch_size"
-    needed = [unit.peak_bytes(batch_size + 1) - unit.resident_bytes for unit in units]
-    return f"batch {batch_size} is what {names[needed.index(max(needed))]} leaves room for"

@@ -7,32 +7,40 @@ function: `make_plan`.
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
-from nf_pipeline.config import MemoryConfig, RunConfig
+from nf_pipeline.config import MemoryConfig, RunConfig, TrainConfig
 from nf_pipeline.core.layers import CutModel, cut
 from nf_pipeline.core.local_unit import LocalUnit, build_units, unit_ranges
+from nf_pipeline.core.memory import total_bytes
 from nf_pipeline.core.models import build_model, suggest_model
-from nf_pipeline.core.partition import Group, budget_for, effective_budget, partition
+from nf_pipeline.core.partition import (
+    Group,
+    budget_for,
+    effective_budget,
+    limit_batch,
+    partition,
+    smallest_budget,
+)
 from nf_pipeline.core.profiler import (
     Shape,
     StepProbe,
     count_params,
     forward_flops,
+    free_probes,
     probe_batch_sizes,
     profile_units,
 )
 from nf_pipeline.core.train_step import resolve_device
-from nf_pipeline.errors import PlanError
-from nf_pipeline.plan import BlockPlan, LayerSpec, Plan, UnitProfile
+from nf_pipeline.dtypes import ITEM_BYTES
+from nf_pipeline.errors import ConfigError, PlanError
+from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
 from nf_pipeline.units import format_bytes
 
 logger = logging.getLogger(__name__)
-
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +56,36 @@ class _Network:
     in_shapes: list[Shape]
     device: torch.device
 
+    @property
+    def unit_names(self) -> list[str]:
+        """Names a unit by its layers: "features.0" or "features.0..features.7"."""
+        names = self.cut_model.names
+        return [
+            names[start] if stop - start == 1 else f"{names[start]}..{names[stop - 1]}" for start, stop in self.ranges
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What every block of a plan is decided from.
+
+    `memory` is what the run really has: its batches end at the train split, its budget at the device's memory.
+    """
+
+    cfg: RunConfig
+    memory: MemoryConfig
+    cap_name: str
+    network: _Network
+    units: list[UnitProfile]
+
 
 def make_plan(
-    cfg: RunConfig, *, image_shape: tuple[int, int, int], num_classes: int, split_rows: dict[str, int]
+    cfg: RunConfig,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    split_rows: dict[str, int],
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Decides blocks and batch sizes for a model, a data set and a budget.
 
@@ -58,22 +93,28 @@ def make_plan(
         cfg: the run's configuration.
         image_shape: (C, H, W) of the stored images.
         num_classes: K.
-        split_rows: samples per split; needs "train", and "val" where it is stored.
+        split_rows: samples per split; needs "train", and "val" where it is stored. No batch is larger than the
+            train split.
+        on_progress: called after each profiled unit with the number of units done and of all.
 
     Raises:
         PlanError: the budget is too small; names the layer and the smallest budget.
-        ConfigError: the model cannot be built, cut or predicted.
+        ConfigError: the model cannot be built, cut or predicted, or the train split is smaller than the
+            smallest batch.
     """
+    _check_train_rows(split_rows["train"], cfg.memory)
     name = cfg.model.name or suggest_model(image_shape, split_rows["train"])
     model = build_model(name, image_shape=image_shape, num_classes=num_classes, seed=cfg.train.seed)
     params_full = count_params(model)
     network = _divide(cut(model, image_shape), cfg, image_shape, num_classes)
     started = time.perf_counter()
     layers, flops_full = _describe_layers(network, image_shape)
-    units = _profile(network, cfg)
+    memory, cap_name = _limit_memory(cfg.memory, split_rows["train"], network.device)
+    units = _profile(network, cfg.train, memory, on_progress)
     profile_s = time.perf_counter() - started
-    groups = partition(units, cfg.memory.budget_bytes, cfg.memory, unit_names=_unit_names(network))
-    logger.info("profiled %d units of %s in %.1f s: %d blocks", len(units), name, profile_s, len(groups))
+    blocks = _plan_blocks(_Job(cfg=cfg, memory=memory, cap_name=cap_name, network=network, units=units), split_rows)
+    free_probes(network.device)
+    logger.info("profiled %d units of %s in %.1f s: %d blocks", len(units), name, profile_s, len(blocks))
     return Plan(
         model=name,
         num_classes=num_classes,
@@ -81,7 +122,7 @@ def make_plan(
         budget_bytes=cfg.memory.budget_bytes,
         layers=layers,
         units=tuple(units),
-        blocks=_plan_blocks(groups, network, units, cfg, split_rows),
+        blocks=blocks,
         params_full=params_full,
         flops_full=flops_full,
         profile_s=profile_s,
@@ -125,6 +166,24 @@ def verified_batch(
     return batch_size, peak_bytes
 
 
+def _check_train_rows(train_rows: int, cfg: MemoryConfig) -> None:
+    if train_rows < cfg.min_batch_size:
+        raise ConfigError(
+            f"train split: got {train_rows} images, want at least memory.min_batch_size ({cfg.min_batch_size})",
+            "add training images, or lower memory.min_batch_size (2 or more)",
+        )
+
+
+def _limit_memory(cfg: MemoryConfig, train_rows: int, device: torch.device) -> tuple[MemoryConfig, str]:
+    """Returns limits no larger than the train split and the device, and the name of the largest batch."""
+    limits = {
+        "max_batch_size": min(cfg.max_batch_size, train_rows),
+        "budget_bytes": min(cfg.budget_bytes, total_bytes(device) or cfg.budget_bytes),
+    }
+    cap_name = "the whole train split" if train_rows < cfg.max_batch_size else "memory.max_batch_size"
+    return cfg.model_copy(update=limits), cap_name
+
+
 def _divide(cut_model: CutModel, cfg: RunConfig, image_shape: tuple[int, int, int], num_classes: int) -> _Network:
     train = cfg.train
     return _Network(
@@ -153,73 +212,95 @@ def _describe_layers(network: _Network, image_shape: Shape) -> tuple[tuple[Layer
     return layers, sum(flops)
 
 
-def _profile(network: _Network, cfg: RunConfig) -> list[UnitProfile]:
+def _profile(
+    network: _Network,
+    train: TrainConfig,
+    memory: MemoryConfig,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[UnitProfile]:
     return profile_units(
         network.units,
         network.ranges,
         [network.in_shapes[start] for start, _ in network.ranges],
-        train=cfg.train,
+        train=train,
         device=network.device,
-        batch_sizes=probe_batch_sizes(cfg.memory.min_batch_size, cfg.memory.max_batch_size),
+        batch_sizes=probe_batch_sizes(memory.min_batch_size, memory.max_batch_size),
+        on_progress=on_progress,
     )
 
 
-def _unit_names(network: _Network) -> list[str]:
-    """Names a unit by its layers: "features.0" or "features.0..features.7"."""
-    names = network.cut_model.names
-    return [
-        names[start] if stop - start == 1 else f"{names[start]}..{names[stop - 1]}" for start, stop in network.ranges
-    ]
-
-
-def _plan_blocks(
-    groups: Sequence[Group],
-    network: _Network,
-    units: Sequence[UnitProfile],
-    cfg: RunConfig,
-    split_rows: dict[str, int],
-) -> tuple[BlockPlan, ...]:
+def _plan_blocks(job: _Job, split_rows: dict[str, int]) -> tuple[BlockPlan, ...]:
+    groups = _verified_groups(job)
     blocks = []
-    for block_idx, group in enumerate(groups):
-        layers = (units[group.start].start, units[group.stop - 1].stop)
-        batch_size, peak_bytes, reason = _verify(group, network, units, cfg)
-        is_last = block_idx == len(groups) - 1
+    for block_idx, (group, peak_bytes) in enumerate(groups):
+        layers = (job.units[group.start].start, job.units[group.stop - 1].stop)
+        stored_bytes = _stored_bytes(job.network.in_shapes[layers[1]], job.cfg, split_rows)
         blocks.append(
             BlockPlan(
                 block_idx=block_idx,
                 units=(group.start, group.stop),
                 layers=layers,
-                batch_size=batch_size,
+                batch_size=group.batch_size,
                 predicted_peak_bytes=peak_bytes,
-                shard_bytes=0 if is_last else _stored_bytes(network.in_shapes[layers[1]], cfg, split_rows),
-                reason=reason,
+                shard_bytes=0 if block_idx == len(groups) - 1 else stored_bytes,
+                reason=group.reason,
             )
         )
     return tuple(blocks)
 
 
-def _verify(group: Group, network: _Network, units: Sequence[UnitProfile], cfg: RunConfig) -> tuple[int, int, str]:
-    """Returns batch, peak and reason of a block, with the peak of the whole block's step at that batch."""
-    memory = cfg.memory
-    profiles = units[group.start : group.stop]
-    available = effective_budget(memory.budget_bytes, memory)
+def _verified_groups(job: _Job) -> list[tuple[Group, int]]:
+    """Partitions the units and returns the blocks with their verified peaks.
+
+    A block that takes more than its units' profiles add up to, even with the smallest batch, is taken apart
+    from its end. Every unit alone was found to fit, so the budget suffices.
+    """
+    names = job.network.unit_names
+    groups = partition(job.units, job.memory.budget_bytes, job.memory, unit_names=names, cap_name=job.cap_name)
+    available = effective_budget(job.memory.budget_bytes, job.memory)
+    pending, verified = groups[::-1], []
+    while pending:
+        group = pending.pop()
+        moved, peak_bytes = _verify(group, available, job)
+        if peak_bytes <= available:
+            verified.append((moved, peak_bytes))
+        elif group.stop - group.start > 1:
+            reason = (
+                f"with {names[group.stop - 1]} it takes {format_bytes(peak_bytes)} even at batch {moved.batch_size}"
+            )
+            pending.append(_regroup(group.stop - 1, group.stop, group.reason, available, job))
+            pending.append(_regroup(group.start, group.stop - 1, reason, available, job))
+        else:
+            # Only measurements on a GPU can differ from the profile of the same unit.
+            smallest = max(budget_for(peak_bytes, job.memory), smallest_budget(job.units, job.memory))
+            raise PlanError(names[group.start], peak_bytes, job.memory.budget_bytes, smallest)
+    return verified
+
+
+def _regroup(start: int, stop: int, reason: str, available: int, job: _Job) -> Group:
+    """Makes a block of part of another one's units."""
+    units, names = job.units[start:stop], job.network.unit_names[start:stop]
+    batch_size, limit = limit_batch(units, names, available, job.memory, job.cap_name)
+    return Group(start=start, stop=stop, batch_size=batch_size, reason=f"{reason.partition('; ')[0]}; {limit}")
+
+
+def _verify(group: Group, available: int, job: _Job) -> tuple[Group, int]:
+    """Returns a block with its batch moved, and the peak of the whole block's step at that batch."""
+    profiles = job.units[group.start : group.stop]
     probe = StepProbe(
-        network.units[group.start : group.stop],
-        network.in_shapes[profiles[0].start],
-        train=cfg.train,
-        device=network.device,
+        job.network.units[group.start : group.stop],
+        job.network.in_shapes[profiles[0].start],
+        train=job.cfg.train,
+        device=job.network.device,
     )
     slope = max(unit.bytes_per_sample for unit in profiles)
-    batch_size, peak_bytes = verified_batch(group.batch_size, available, slope, memory, probe.peak_bytes)
-    if peak_bytes > available:
-        name = _unit_names(network)[group.start]
-        raise PlanError(name, peak_bytes, memory.budget_bytes, budget_for(peak_bytes, memory))
+    batch_size, peak_bytes = verified_batch(group.batch_size, available, slope, job.memory, probe.peak_bytes)
     if batch_size == group.batch_size:
-        return batch_size, peak_bytes, group.reason
+        return group, peak_bytes
     moved = f"batch {batch_size} instead of {group.batch_size} after verifying {format_bytes(peak_bytes)}"
-    return batch_size, peak_bytes, f"{group.reason}; {moved}"
+    return replace(group, batch_size=batch_size, reason=f"{group.reason}; {moved}"), peak_bytes
 
 
 def _stored_bytes(out_shape: Shape, cfg: RunConfig, split_rows: dict[str, int]) -> int:
     rows = split_rows["train"] + split_rows.get("val", 0)
-    return rows * math.prod(out_shape) * _DTYPE_BYTES[cfg.storage.dtype]
+    return rows * math.prod(out_shape) * ITEM_BYTES[cfg.storage.dtype]

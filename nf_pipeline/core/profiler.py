@@ -15,7 +15,8 @@ Knows nothing of budgets and blocks. Entry: `profile_units`, and `StepProbe` for
 
 import contextlib
 import copy
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -30,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.local_unit import LocalUnit
-from nf_pipeline.core.memory import measure_peak
+from nf_pipeline.core.memory import measure_peak, total_bytes
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.errors import ConfigError
-from nf_pipeline.plan import UnitProfile
+from nf_pipeline.plans import UnitProfile
 
 Shape = tuple[int, ...]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -43,6 +44,9 @@ _UNTRACEABLE = (DataDependentOutputException, DynamicOutputShapeException, Unsup
 
 class StepProbe:
     """Copies of a block's units that answer how many bytes a training step takes, momentum included.
+
+    What a GPU cannot hold counts as one byte more than the GPU has. Its memory is measured uncapped: a cap that
+    training left behind in this process is lifted. Of probes for a GPU only one may live at a time.
 
     Args:
         units: on the CPU; left as they are.
@@ -64,30 +68,43 @@ class StepProbe:
         self._precision = train.precision
         self._device = device
         self._fakes = None if device.type == "cuda" else FakeTensorMode(allow_non_fake_inputs=True)
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device.index)
+        free_probes(device)
         self._meter = measure_peak(device)
         self._before_bytes = self._meter.current_bytes
-        with self._on_fakes():
-            self._units = [self._copy(unit).train() for unit in units]
-            self._optimizers = [make_optimizer(unit, train, train.lr) for unit in self._units]
-        self._meter.track(*self._units)
-        losses = self._step(2)  # makes the momentum; BatchNorm takes no batch of 1
-        self.resident_bytes = self._meter.current_bytes - self._before_bytes
-        del losses
+        self._units: list[LocalUnit] = []
+        self._optimizers: list[torch.optim.SGD] = []
+        self.resident_bytes = self._settle(units, train)
 
     def peak_bytes(self, batch_size: int) -> int:
-        """Returns the peak of one training step.
-
-        A step that a GPU cannot hold counts as all of the GPU's memory.
-        """
+        """Returns the peak of one training step."""
         self._meter.reset_peak()
-        try:
-            self._step(batch_size)
-        except torch.OutOfMemoryError:
-            for optimizer in self._optimizers:
-                optimizer.zero_grad()
-            torch.cuda.empty_cache()
-            return torch.cuda.get_device_properties(self._device).total_memory
-        return self._meter.peak_bytes - self._before_bytes
+        if self._units:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._step(batch_size)
+                return self._meter.peak_bytes - self._before_bytes
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        return self._more_than_device()
+
+    def _settle(self, units: Sequence[LocalUnit], train: TrainConfig) -> int:
+        """Makes copies, optimisers and momentum and returns their bytes; keeps nothing that does not fit."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            with self._on_fakes():
+                self._units = [self._copy(unit).train() for unit in units]
+                self._optimizers = [make_optimizer(unit, train, train.lr) for unit in self._units]
+            self._meter.track(*self._units)
+            losses = self._step(2)  # makes the momentum; BatchNorm takes no batch of 1
+            resident_bytes = self._meter.current_bytes - self._before_bytes
+            del losses
+            return resident_bytes
+        self._units, self._optimizers = [], []
+        return self._more_than_device()
+
+    def _more_than_device(self) -> int:
+        free_probes(self._device)
+        return (total_bytes(self._device) or 0) + 1
 
     def _step(self, batch_size: int) -> list[torch.Tensor]:
         try:
@@ -123,6 +140,7 @@ def profile_units(
     train: TrainConfig,
     device: torch.device,
     batch_sizes: Sequence[int],
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[UnitProfile]:
     """Profiles every unit alone: its weights, gradients, optimiser state, activations, batch and labels.
 
@@ -133,14 +151,14 @@ def profile_units(
         train: optimiser and precision.
         device: "cpu" predicts, "cuda" measures.
         batch_sizes: from `probe_batch_sizes`.
+        on_progress: called after each unit with the number of units done and of all.
 
     Raises:
         ConfigError: a unit's memory cannot be predicted.
     """
     profiles = []
     for unit_idx, (unit, (start, stop), in_shape) in enumerate(zip(units, ranges, in_shapes, strict=True)):
-        probe = StepProbe([unit], in_shape, train=train, device=device)
-        slope, constant = fit_line({batch_size: probe.peak_bytes(batch_size) for batch_size in batch_sizes})
+        slope, constant, resident_bytes = _profile_unit(unit, in_shape, train, device, batch_sizes)
         profiles.append(
             UnitProfile(
                 unit_idx=unit_idx,
@@ -148,19 +166,25 @@ def profile_units(
                 stop=stop,
                 bytes_per_sample=slope,
                 constant_bytes=constant,
-                resident_bytes=probe.resident_bytes,
+                resident_bytes=resident_bytes,
                 head_params=count_params(unit.head),
                 head_flops=forward_flops([*unit.layers, unit.head], in_shape)[-1],
             )
         )
+        if on_progress is not None:
+            on_progress(len(profiles), len(units))
     return profiles
 
 
-def predict_block_peak(
-    units: Sequence[LocalUnit], in_shape: Shape, batch_size: int, *, train: TrainConfig, device: torch.device
-) -> int:
-    """Returns the peak bytes of a whole block's training step at one batch size, see `StepProbe`."""
-    return StepProbe(units, in_shape, train=train, device=device).peak_bytes(batch_size)
+def free_probes(device: torch.device) -> None:
+    """Gives back what ended probes hold of a GPU.
+
+    Traced layers are reference cycles, which live on until some collection: in the middle of the next probe it
+    would count as memory that the probe freed.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def probe_batch_sizes(min_batch_size: int, max_batch_size: int) -> list[int]:
@@ -209,6 +233,15 @@ def forward_flops(modules: Sequence[nn.Module], in_shape: Shape) -> list[int]:
 def count_params(module: nn.Module) -> int:
     """Returns the number of weights of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _profile_unit(
+    unit: LocalUnit, in_shape: Shape, train: TrainConfig, device: torch.device, batch_sizes: Sequence[int]
+) -> tuple[int, int, int]:
+    """Returns slope, intercept and resident bytes. The probe ends here: a GPU counts what another one holds."""
+    probe = StepProbe([unit], in_shape, train=train, device=device)
+    slope, constant = fit_line({batch_size: probe.peak_bytes(batch_size) for batch_size in batch_sizes})
+    return slope, constant, probe.resident_bytes
 
 
 def _fake_copy(module: ModuleT, fakes: FakeTensorMode) -> ModuleT:

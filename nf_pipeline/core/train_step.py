@@ -36,7 +36,8 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device: got cuda, but torch sees no GPU here", "--set train.device=cpu or auto")
-    return torch.device(name)
+    # With its index: `set_per_process_memory_fraction` refuses a device without one.
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def make_optimizer(unit: nn.Module, cfg: TrainConfig, lr: float) -> torch.optim.SGD:

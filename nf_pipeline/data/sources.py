@@ -46,6 +46,23 @@ def open_source(cfg: DataConfig) -> Source:
     return _open_local(source, cfg)
 
 
+def absolute_source(source: str) -> str:
+    """Returns a source that means the same from any working directory; names and other URIs stay as they are.
+
+    A bare word is a path only if there is such a file or folder: it may also name a torchvision data set.
+    """
+    if source == DIGITS or source.startswith("s3://"):
+        return source
+    if source.startswith(_TORCHVISION):
+        name, colon, root = source.removeprefix(_TORCHVISION).partition(":")
+        return f"{_TORCHVISION}{name}:{Path(root).expanduser().absolute()}" if colon else source
+    scheme, separator, _ = source.partition("://")
+    if separator and scheme != "file":
+        return source
+    path = local_path(source)
+    return str(path.absolute()) if path.exists() or not source.isidentifier() else source
+
+
 def local_path(source: str) -> Path:
     """Returns the path that a source names, with or without file://.
 

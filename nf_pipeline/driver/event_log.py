@@ -5,12 +5,15 @@ object store cannot append, and at every change of stage.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable
 
-from nf_pipeline.errors import ObjectMissing
+from nf_pipeline.errors import ObjectMissing, StorageError
 from nf_pipeline.events import EpochDone, Event, Note, Progress
 from nf_pipeline.storage.store import Store
+
+logger = logging.getLogger(__name__)
 
 Listener = Callable[[Event], None]
 
@@ -47,6 +50,11 @@ class EventLog:
         if not self._dirty:
             return
         self._lines = [b"".join(self._lines)]
-        self._store.put(self._key, self._lines[0])
-        self._dirty = False
         self._flushed = time.monotonic()
+        try:
+            self._store.put(self._key, self._lines[0])
+        except StorageError as error:
+            # The log is for people: losing its end must neither stop a training nor hide what did.
+            logger.warning("the event log could not be written: %s", error)
+            return
+        self._dirty = False

@@ -3,7 +3,7 @@
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core.planner import make_plan
 from nf_pipeline.data.survey import survey
-from nf_pipeline.plan import Plan
+from nf_pipeline.plans import Plan
 
 
 def preview_plan(config: RunConfig) -> Plan:

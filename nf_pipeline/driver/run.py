@@ -6,19 +6,19 @@ tensors and imports no torch: stages run where the executor puts them. Entries: 
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from nf_pipeline.config import FORMAT_VERSION, ClusterConfig, RunConfig
+from nf_pipeline.config import FORMAT_VERSION, RunConfig
 from nf_pipeline.driver.event_log import EventLog, Listener
 from nf_pipeline.driver.run_record import load_run, open_run, plan_of, read_json
-from nf_pipeline.driver.stage_runner import StageRunner
+from nf_pipeline.driver.stage_runner import StageRunner, StageWork
 from nf_pipeline.driver.summary import make_summary
-from nf_pipeline.errors import ObjectCorrupt
+from nf_pipeline.errors import AlreadyExists, ObjectCorrupt
 from nf_pipeline.events import StageSkipped
 from nf_pipeline.executors import open_executor
 from nf_pipeline.executors.base import Resources
-from nf_pipeline.host import available_threads
-from nf_pipeline.plan import Plan
+from nf_pipeline.plans import Plan
 from nf_pipeline.retry import shrink_batch
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest
@@ -71,7 +71,7 @@ def resume(
     uri: str,
     *,
     on_event: Listener | None = None,
-    cluster: ClusterConfig | None = None,
+    cluster: Mapping[str, Any] | None = None,
     model: str | None = None,
 ) -> dict[str, Any]:
     """Continues a run from its own record.
@@ -79,7 +79,7 @@ def resume(
     Args:
         uri: STORE/NAME.
         on_event: called with every event as it happens.
-        cluster: where to run, instead of where it ran before.
+        cluster: settings of the section `cluster` to change, such as {"executor": "inline"}.
         model: the factory, where the run was started with one.
 
     Raises:
@@ -99,7 +99,7 @@ class _Run:
         self.layout = layout
         self.log = log
         self.runner = runner
-        self.num_threads = config.cluster.num_threads or available_threads()
+        self.num_threads = config.cluster.num_threads
         self.resources = Resources(num_cpus=self.num_threads, device=config.train.device)
         self.skipped_s = 0.0
 
@@ -118,8 +118,14 @@ class _Run:
         """Stage 0. A finished one is a snapshot: it counts even if the data set has changed or gone since."""
         done = self.runner.committed("ingest", self.layout.ingest_manifest, None)
         if done is None:
-            cpu = Resources(num_cpus=self.num_threads, device="cpu")
-            self.runner.run("ingest", INGEST_STAGE, self._prepare_task, cpu)
+            work = StageWork(
+                name="ingest",
+                function=INGEST_STAGE,
+                make_task=self._prepare_task,
+                resources=Resources(num_cpus=self.num_threads, device="cpu"),
+                commit_key=self.layout.ingest_manifest,
+            )
+            self.runner.run(work)
         return done or read_ingest(self.store, self.layout)
 
     def plan(self, ingest: StageManifest) -> Plan:
@@ -127,9 +133,7 @@ class _Run:
         fingerprint = plan_fingerprint(self.config, ingest.content_checksum)
         document = read_json(self.store, self.layout.plan_json)
         if document is None:
-            planned = self.runner.run("plan", PLAN_STAGE, self._prepare_task, self.resources)
-            document = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, **planned}
-            self.store.put(self.layout.plan_json, json.dumps(document, indent=2).encode())
+            document = self._make_plan(fingerprint)
         else:
             self.log.add(StageSkipped(stage="plan", note="finished before"))
         if (document.get("fingerprint"), document.get("format_version")) != (fingerprint, FORMAT_VERSION):
@@ -141,6 +145,16 @@ class _Run:
         plan = plan_of(document, self.store.uri)
         confirm_factory(plan.model, self.config.model.name)
         return plan
+
+    def _make_plan(self, fingerprint: str) -> dict[str, Any]:
+        work = StageWork(name="plan", function=PLAN_STAGE, make_task=self._prepare_task, resources=self.resources)
+        document = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, **self.runner.run(work)}
+        try:
+            self.store.create(self.layout.plan_json, json.dumps(document, indent=2).encode())
+        except AlreadyExists:
+            # Measured profiles differ a little from time to time: everybody goes by the plan that came first.
+            return read_json(self.store, self.layout.plan_json) or document
+        return document
 
     def block(self, plan: Plan, block_idx: int, stage_input: StageManifest) -> StageManifest:
         """Trains one block, or takes the finished one."""
@@ -166,8 +180,15 @@ class _Run:
                 num_threads=self.num_threads,
             )
 
-        before = self._count_attempts(self.layout.block(block_idx))
-        self.runner.run(stage_name, BLOCK_STAGE, make_task, self.resources, before)
+        work = StageWork(
+            name=stage_name,
+            function=BLOCK_STAGE,
+            make_task=make_task,
+            resources=self.resources,
+            commit_key=key,
+            attempts_before=self._count_attempts(self.layout.block(block_idx)),
+        )
+        self.runner.run(work)
         return read_block(self.store, self.layout, block_idx)
 
     def model(self, plan: Plan, blocks: list[StageManifest]) -> StageManifest:
@@ -181,7 +202,10 @@ class _Run:
         def make_task(attempt: str, num_attempts: int, shrunk: int) -> AssembleTask:
             return AssembleTask(config=self.config, plan=plan, attempt=attempt, num_threads=self.num_threads)
 
-        self.runner.run("model", MODEL_STAGE, make_task, self.resources)
+        work = StageWork(
+            name="model", function=MODEL_STAGE, make_task=make_task, resources=self.resources, commit_key=key
+        )
+        self.runner.run(work)
         return read_model(self.store, self.layout)
 
     def _prepare_task(self, attempt: str, num_attempts: int, shrunk: int) -> PrepareTask:
@@ -189,4 +213,5 @@ class _Run:
 
     def _count_attempts(self, prefix: str) -> int:
         depth = prefix.count("/") + 1
-        return len({key.split("/")[depth] for key, _ in self.store.list(prefix)})
+        names = {key.split("/")[depth] for key, _ in self.store.list(prefix)}
+        return sum(name.startswith("attempt-") for name in names)

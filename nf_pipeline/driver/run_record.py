@@ -3,11 +3,14 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from typing import Any
 
-from nf_pipeline.config import FORMAT_VERSION, ClusterConfig, RunConfig, validate_config
-from nf_pipeline.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, RunConflict
-from nf_pipeline.plan import Plan
+from nf_pipeline.config import FORMAT_VERSION, RunConfig, validate_config
+from nf_pipeline.data.sources import absolute_source
+from nf_pipeline.errors import ObjectCorrupt, ObjectMissing, RunConflict
+from nf_pipeline.host import available_threads
+from nf_pipeline.plans import Plan
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import Store, open_store
@@ -19,13 +22,24 @@ _RECORDED_PACKAGES = ("nf_pipeline", "torch", "torchvision", "ray", "pyarrow", "
 def open_run(store: Store, layout: RunLayout, config: RunConfig) -> RunConfig:
     """Creates the run's record, or checks that the one there describes the same work.
 
+    As long as no block has begun, another configuration simply replaces the record: whoever follows the advice of
+    an error about the budget, the model or the data goes on under the same name.
+
     Returns:
-        The configuration with the store's absolute URI, as workers need it.
+        The configuration as workers need it: the store and local data by absolute path, the number of threads
+        fixed (that of the run's first start unless one is given, because it decides the last bits of the result).
 
     Raises:
-        RunConflict: the name is taken by a run with another configuration.
+        RunConflict: blocks of another configuration have the name.
     """
-    config = config.model_copy(update={"storage": config.storage.model_copy(update={"uri": store.uri})})
+    recorded = read_json(store, layout.run_json)
+    config = _settled(store, config, recorded)
+    if recorded is not None and recorded.get("fingerprint") == config.fingerprint:
+        return config
+    if recorded is not None:
+        if store.list(layout.blocks):
+            raise _conflict(store, config, recorded)
+        store.delete([layout.plan_json, *_stale_ingest(layout, config, recorded)])
     record = {
         "format_version": FORMAT_VERSION,
         "run": config.run,
@@ -33,19 +47,39 @@ def open_run(store: Store, layout: RunLayout, config: RunConfig) -> RunConfig:
         "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version(), **_versions()},
     }
-    try:
-        store.create(layout.run_json, json.dumps(record, indent=2).encode())
-    except AlreadyExists:
-        _check_same(store, layout, config)
+    store.put(layout.run_json, json.dumps(record, indent=2).encode())
     return config
 
 
-def load_run(uri: str, cluster: ClusterConfig | None = None, model: str | None = None) -> RunConfig:
+def _settled(store: Store, config: RunConfig, recorded: dict[str, Any] | None) -> RunConfig:
+    there = ((recorded or {}).get("config") or {}).get("cluster") or {}
+    threads = config.cluster.num_threads or there.get("num_threads") or available_threads()
+    return config.model_copy(
+        update={
+            "storage": config.storage.model_copy(update={"uri": store.uri}),
+            "data": config.data.model_copy(update={"source": absolute_source(config.data.source)}),
+            "cluster": config.cluster.model_copy(update={"num_threads": threads}),
+        }
+    )
+
+
+def _stale_ingest(layout: RunLayout, config: RunConfig, recorded: dict[str, Any]) -> list[str]:
+    """Returns the ingest manifest's key if its images were read with other settings."""
+
+    def read_with(document: dict[str, Any]) -> tuple[Any, ...]:
+        data, train, storage = (document.get(section) or {} for section in ("data", "train", "storage"))
+        return data, train.get("seed"), storage.get("shard_bytes")
+
+    same = read_with(config.model_dump(mode="json")) == read_with(recorded.get("config") or {})
+    return [] if same else [layout.ingest_manifest]
+
+
+def load_run(uri: str, cluster: Mapping[str, Any] | None = None, model: str | None = None) -> RunConfig:
     """Reads a run's configuration back.
 
     Args:
         uri: STORE/NAME.
-        cluster: replaces the recorded section.
+        cluster: settings that replace recorded ones of the section `cluster`.
         model: the factory, where the run was started with one.
 
     Raises:
@@ -65,8 +99,7 @@ def load_run(uri: str, cluster: ClusterConfig | None = None, model: str | None =
     # A run that was copied or moved is where it is found, not where it was written.
     document["storage"] = {**document.get("storage", {}), "uri": store.uri}
     document["run"] = run
-    if cluster is not None:
-        document["cluster"] = cluster.model_dump()
+    document["cluster"] = {**(document.get("cluster") or {}), **(cluster or {})}
     config = validate_config(document)
     confirm_factory(config.model.name, model)
     return config
@@ -109,17 +142,16 @@ def read_json(store: Store, key: str) -> dict[str, Any] | None:
     except ObjectMissing:
         return None
     except ValueError as error:
-        raise ObjectCorrupt(f"{key} is not JSON: {error}", store.uri, f"delete {key} and resume") from None
+        raise ObjectCorrupt(
+            f"{key} is not JSON: {error}", store.uri, f"repair or delete {key}, then train again"
+        ) from None
     if not isinstance(document, dict):
         raise ObjectCorrupt(f"{key} is a JSON {type(document).__name__}, want an object", store.uri)
     return document
 
 
-def _check_same(store: Store, layout: RunLayout, config: RunConfig) -> None:
-    record = read_json(store, layout.run_json) or {}
-    if record.get("fingerprint") == config.fingerprint:
-        return
-    there = record.get("config", {})
+def _conflict(store: Store, config: RunConfig, recorded: dict[str, Any]) -> RunConflict:
+    there = recorded.get("config") or {}
     differences = [
         f"{section}.{field}: there {there.get(section, {}).get(field)!r}, here {value!r}"
         for section, values in config.model_dump(mode="json").items()
@@ -127,8 +159,8 @@ def _check_same(store: Store, layout: RunLayout, config: RunConfig) -> None:
         for field, value in values.items()
         if (section, field) != ("storage", "uri") and there.get(section, {}).get(field) != value
     ]
-    raise RunConflict(
-        f"run {config.run!r} at {store.uri} has another configuration: {'; '.join(differences)}",
+    return RunConflict(
+        f"run {config.run!r} at {store.uri} has blocks of another configuration: {'; '.join(differences)}",
         "another --run name, or the same settings to continue it",
     )
 

@@ -1,10 +1,12 @@
 """One stage, from "is it done already?" to its committed manifest, with the attempts in between."""
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from nf_pipeline.driver.event_log import EventLog
-from nf_pipeline.errors import AlreadyExists, InternalError, NFError, ObjectCorrupt
+from nf_pipeline.errors import AlreadyExists, InternalError, ObjectCorrupt, OutOfBudget
 from nf_pipeline.events import Note, StageDone, StageFailed, StageSkipped
 from nf_pipeline.executors.base import Executor, Resources
 from nf_pipeline.retry import Decision, decide
@@ -13,7 +15,28 @@ from nf_pipeline.storage.manifest import StageManifest, read_manifest, verify_ma
 from nf_pipeline.storage.store import Store
 
 MakeTask = Callable[[str, int, int], Any]
-"""(attempt id, attempts so far with this one, how often the batch shrank) -> the stage's task."""
+"""(attempt id, attempts so far with this one, how often the batch must shrink) -> the stage's task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageWork:
+    """A stage that is to run.
+
+    Attributes:
+        name: "ingest", "plan", "block-000", ... or "model".
+        function: "package.module:function" of its generator function.
+        make_task: makes the argument of an attempt.
+        resources: what the worker must have.
+        commit_key: object whose existence means that the stage is done; "" if the driver commits it.
+        attempts_before: by earlier drivers.
+    """
+
+    name: str
+    function: str
+    make_task: MakeTask
+    resources: Resources
+    commit_key: str = ""
+    attempts_before: int = 0
 
 
 class StageRunner:
@@ -56,46 +79,46 @@ class StageRunner:
         self._log.add(StageSkipped(stage=stage, note="finished before, verified"))
         return manifest
 
-    def run(
-        self, stage_name: str, stage: str, make_task: MakeTask, resources: Resources, attempts_before: int = 0
-    ) -> dict[str, Any]:
+    def run(self, work: "StageWork") -> dict[str, Any]:
         """Runs attempts at a stage until one is done or the retry table gives up.
 
         Returns:
-            The result of the attempt that finished; empty if it found another one's commit. What counts is the
+            The result of the attempt that finished; empty if another one's commit was found. What counts is the
             manifest.
 
         Raises:
             NFError: as the last attempt raised it.
         """
-        attempts, shrunk = 0, 0
+        failures: Counter[type[BaseException]] = Counter()
         while True:
             attempt = new_attempt_id()
-            attempts += 1
             try:
-                task = make_task(attempt, attempts_before + attempts, shrunk)
-                return self._attempt(stage_name, stage, task, resources)
+                return self._attempt(work, attempt, failures)
             except AlreadyExists:
                 # An attempt that was given up for lost can still finish first: its commit counts.
-                self._log.add(Note(stage=stage_name, text=f"attempt {attempt}: another one committed first"))
+                self._log.add(Note(stage=work.name, text=f"attempt {attempt}: another one committed first"))
                 return {}
-            except NFError as error:
+            except Exception as error:  # logged here, whatever it is, and raised again unless it is worth a retry
+                failures[type(error)] += 1
+                decision = decide(error, failures[type(error)])
                 self._log.add(
-                    StageFailed(stage=stage_name, attempt=attempt, error=type(error).__name__, text=str(error))
+                    StageFailed(stage=work.name, attempt=attempt, error=type(error).__name__, text=str(error))
                 )
-                decision = decide(error, attempts)
                 if decision is Decision.RAISE:
                     raise
-                shrunk += decision is Decision.SHRINK_BATCH
-                note = f"attempt {attempts} failed ({type(error).__name__}): {decision.value}"
-                self._log.add(Note(stage=stage_name, level="warning", text=note))
+                note = f"attempt {failures.total()} failed ({type(error).__name__}): {decision.value}"
+                self._log.add(Note(stage=work.name, level="warning", text=note))
+            if work.commit_key and self._store.size(work.commit_key) is not None:
+                self._log.add(Note(stage=work.name, text="the lost attempt had committed: nothing to repeat"))
+                return {}
 
-    def _attempt(self, stage_name: str, stage: str, task: Any, resources: Resources) -> dict[str, Any]:
+    def _attempt(self, work: "StageWork", attempt: str, failures: Counter[type[BaseException]]) -> dict[str, Any]:
+        task = work.make_task(attempt, work.attempts_before + failures.total() + 1, failures[OutOfBudget])
         result = None
-        for event in self._executor.run(stage_name, stage, task, resources):
+        for event in self._executor.run(work.name, work.function, task, work.resources):
             self._log.add(event)
             if isinstance(event, StageDone):
                 result = event.result
         if result is None:
-            raise InternalError(f"{stage_name} ended without a result")
+            raise InternalError(f"{work.name} ended without a result")
         return result

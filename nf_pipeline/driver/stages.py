@@ -1,6 +1,6 @@
 """The stages of a run by name, in order, and the object that commits each."""
 
-from nf_pipeline.plan import Plan
+from nf_pipeline.plans import Plan
 from nf_pipeline.storage.layout import RunLayout
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from nf_pipeline.driver.run_record import load_plan, read_json
 from nf_pipeline.driver.stages import commit_key, stage_names
 from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
-from nf_pipeline.plan import Plan
+from nf_pipeline.plans import Plan
 from nf_pipeline.run_uri import join_run_uri, split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import Store, open_store

@@ -3,7 +3,7 @@
 from typing import Any
 
 from nf_pipeline.config import FORMAT_VERSION, RunConfig
-from nf_pipeline.plan import Plan
+from nf_pipeline.plans import Plan
 from nf_pipeline.storage.manifest import StageManifest
 
 BLOCK_FIELDS = (
@@ -33,7 +33,7 @@ def make_summary(
     """Collects what the stages reported.
 
     Args:
-        wall_s: seconds of all the work, that of earlier drivers of the same run included.
+        wall_s: seconds of this driver, and of training and writing the blocks that it found finished.
     """
     return {
         "format_version": FORMAT_VERSION,

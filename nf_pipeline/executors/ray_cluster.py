@@ -13,10 +13,13 @@ from typing import Any
 import ray
 from ray.exceptions import (
     GetTimeoutError,
+    LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
+    OutOfMemoryError,
     RayError,
     RayTaskError,
+    TaskUnschedulableError,
     WorkerCrashedError,
 )
 
@@ -28,12 +31,13 @@ from nf_pipeline.executors.base import Resources, load_stage
 logger = logging.getLogger(__name__)
 
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # events only: the data goes through the run's store
-STALL_TIMEOUT_S = 3600.0  # a stage reports every few seconds; an hour of silence is a hang
+STALL_TIMEOUT_S = 3600.0  # a stage reports every few seconds where it can; an hour of silence is a hang
 EVENT_TIMEOUT_S = 60.0  # fetching an event that is ready
 
 
 @ray.remote(max_calls=1, max_retries=0, num_returns="streaming")
-def _run_stage(stage: str, task: Any) -> Iterator[Event]:
+def _run_stage(stage: str, task: Any) -> Iterator[Event | None]:
+    yield None  # a worker is there; what comes next may import torch and fetch a checkpoint first
     yield from load_stage(stage)(task)
 
 
@@ -75,15 +79,14 @@ class RayExecutor:
         wanted = self._wanted(resources)
         self._check_feasible(name, wanted)
         events = _run_stage.options(name=name, **wanted).remote(stage, task)
-        timeout_s, finished = self._placement_timeout_s, False
+        finished = False
         try:
-            while True:
-                event = self._next_event(name, events, timeout_s, wanted)
-                if event is None:
-                    finished = True
-                    return
-                yield event
-                timeout_s = STALL_TIMEOUT_S
+            self._next_event(name, events, self._placement_timeout_s, wanted)
+            while not finished:
+                event = self._next_event(name, events, STALL_TIMEOUT_S, wanted)
+                finished = event is None
+                if event is not None:
+                    yield event
         finally:
             if not finished:
                 ray.cancel(events, force=True)
@@ -136,8 +139,12 @@ class RayExecutor:
             return None
         except RayTaskError as error:
             raise _cause_of(error) from None
-        except (WorkerCrashedError, NodeDiedError, ObjectLostError, GetTimeoutError) as error:
+        except OutOfMemoryError as error:
+            raise WorkerLost(name, f"Ray ended it for host memory: {error}", "give the worker more memory") from None
+        except (WorkerCrashedError, NodeDiedError, LocalRayletDiedError, ObjectLostError, GetTimeoutError) as error:
             raise WorkerLost(name, type(error).__name__, "see the Ray logs of that worker") from None
+        except TaskUnschedulableError as error:
+            raise ConfigError(f"{name} cannot be placed: {error}", "add a node that holds it") from None
         except RayError as error:
             raise InternalError(f"{name}: {type(error).__name__}: {error}") from error
 

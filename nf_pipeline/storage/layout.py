@@ -1,8 +1,9 @@
 """Every key of a run: nothing else joins paths.
 
-    RUN/run.json  plan.json  events.jsonl  summary.json  report.html  marker.json
+    RUN/run.json  plan.json  events.jsonl  summary.json  marker.json
     RUN/ingest/manifest.json      ingest/attempt-ID/train-00000.parquet
-    RUN/blocks/000/manifest.json  blocks/000/attempt-ID/{weights,checkpoint}.safetensors
+    RUN/blocks/000/manifest.json  blocks/000/attempt-ID/weights.safetensors
+                                  blocks/000/attempt-ID/{checkpoint.json,checkpoint-00001.safetensors}
                                   blocks/000/attempt-ID/activations/train-00000.parquet
     RUN/model/manifest.json       model/{model.safetensors,model.json,README.md}
 
@@ -55,11 +56,6 @@ class RunLayout:
         return f"{self.run}/summary.json"
 
     @property
-    def report_html(self) -> str:
-        """The run's report."""
-        return f"{self.run}/report.html"
-
-    @property
     def marker(self) -> str:
         """Object that proves that a worker sees the driver's store."""
         return f"{self.run}/marker.json"
@@ -77,6 +73,11 @@ class RunLayout:
         """Key of one shard of images below an ingest attempt's prefix."""
         return f"{prefix}/{split}-{shard_idx:05d}.parquet"
 
+    @property
+    def blocks(self) -> str:
+        """Prefix of all blocks."""
+        return f"{self.run}/blocks"
+
     def block(self, block_idx: int) -> str:
         """Prefix of everything about a block."""
         return f"{self.run}/blocks/{block_idx:03d}"
@@ -89,9 +90,13 @@ class RunLayout:
         """Prefix of one attempt at a block."""
         return f"{self.block(block_idx)}/attempt-{attempt}"
 
-    def checkpoint(self, block_idx: int, attempt: str) -> str:
-        """State after the last finished epoch of an attempt at a block."""
-        return f"{self.block_attempt(block_idx, attempt)}/checkpoint.safetensors"
+    def checkpoint_record(self, prefix: str) -> str:
+        """Key of the record that names the newest checkpoint below a block attempt's prefix."""
+        return f"{prefix}/checkpoint.json"
+
+    def checkpoint_tensors(self, prefix: str, epoch: int) -> str:
+        """Key of the state after so many epochs below a block attempt's prefix."""
+        return f"{prefix}/checkpoint-{epoch:05d}.safetensors"
 
     def weights(self, block_idx: int, attempt: str) -> str:
         """Weights of a trained block: its layers and heads."""
@@ -105,10 +110,6 @@ class RunLayout:
     def model(self) -> str:
         """Prefix of the final model."""
         return f"{self.run}/model"
-
-    def model_attempt(self, attempt: str) -> str:
-        """Prefix of one attempt at assembling the final model."""
-        return self.attempt_prefix("model", attempt)
 
     @property
     def model_manifest(self) -> str:

@@ -73,11 +73,6 @@ class StageManifest:
     format_version: int = MANIFEST_VERSION
 
     @property
-    def shard_bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.num_bytes for shards in self.shards.values() for shard in shards)
-
-    @property
     def content_checksum(self) -> str:
         """Identifies what the stage made, whichever attempt made it (16 hex digits).
 

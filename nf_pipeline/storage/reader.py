@@ -6,6 +6,7 @@ only, never on timing. Deliberately knows nothing of torch: a batch is bytes. En
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -35,6 +36,29 @@ class Batch:
     sample_ids: np.ndarray
 
 
+def divide_rows(num_rows: int, batch_size: int, *, even: bool) -> list[int]:
+    """Returns the size of every batch of an epoch.
+
+    There are ceil(num_rows / batch_size) batches. Even ones differ by one sample at most, so that no step of
+    training rests on a few samples, and none on a single one, which batch normalisation refuses. Only pairs
+    cannot keep that promise: of an odd number of rows in batches of two the last row is left out.
+
+    Args:
+        num_rows: samples of the split.
+        batch_size: no batch is larger.
+        even: larger batches come first; False gives full batches and a short last one.
+    """
+    num_batches = -(-num_rows // batch_size)
+    if not num_batches:
+        return []
+    if not even:
+        return [batch_size] * (num_batches - 1) + [num_rows - (num_batches - 1) * batch_size]
+    if batch_size == 2 and num_rows > 2:
+        return [2] * (num_rows // 2)
+    size, num_larger = divmod(num_rows, num_batches)
+    return [size + 1] * num_larger + [size] * (num_batches - num_larger)
+
+
 class ShardReader:
     """Reads the shards of one split, as often as there are epochs.
 
@@ -46,7 +70,7 @@ class ShardReader:
         store: where the shards are.
         shards: as the manifest lists them.
         spec: of their tensors.
-        batch_size: samples per batch.
+        batch_size: samples per batch, at most.
         window_shards: shards whose rows are shuffled together.
         prefetch_threads: shards fetched and decoded at the same time.
 
@@ -77,15 +101,14 @@ class ShardReader:
         """Samples of the split."""
         return sum(shard.num_rows for shard in self._shards)
 
-    def num_batches(self, drop_last: bool = False) -> int:
+    def num_batches(self, *, even: bool = False) -> int:
         """Batches of one epoch (see `batches`)."""
-        full, rest = divmod(self.num_rows, self._batch_size)
-        return full + (rest > 0 and (full == 0 or not drop_last))
+        return len(divide_rows(self.num_rows, self._batch_size, even=even))
 
     def batches(
-        self, *, seed: int, epoch: int, shuffle: bool, drop_last: bool = False, timeout_s: float = 300.0
+        self, *, seed: int, epoch: int, shuffle: bool, even: bool = False, timeout_s: float = 300.0
     ) -> Iterator[Batch]:
-        """Yields one epoch, every row exactly once.
+        """Yields one epoch, every row exactly once (for the one exception see `divide_rows`).
 
         Rows that share a batch come in stored order within it, so that copying them reads memory forwards;
         which rows share a batch is random.
@@ -94,8 +117,8 @@ class ShardReader:
             seed: of the run.
             epoch: 0-based; another epoch, another order.
             shuffle: False gives stored order.
-            drop_last: leaves out a short last batch (one sample would break batch normalisation), unless the
-                split is smaller than one batch.
+            even: batches of about the same size, for training, see `divide_rows`; False gives full batches and
+                a short last one.
             timeout_s: longest wait for the next shards.
 
         Raises:
@@ -110,8 +133,7 @@ class ShardReader:
         pool = ThreadPoolExecutor(self._prefetch_threads, thread_name_prefix="shard-reader")
         hangs = False
         try:
-            rows_left = self.num_batches(drop_last) * self._batch_size
-            filler = _BatchFiller(self._spec.nbytes, self._batch_size, min(rows_left, self.num_rows))
+            filler = _BatchFiller(self._spec.nbytes, divide_rows(self.num_rows, self._batch_size, even=even))
             for window in self._fetched(pool, windows, timeout_s):
                 rows = _row_order(window, random if shuffle else None)
                 yield from filler.fill(window, rows)
@@ -148,19 +170,18 @@ class ShardReader:
 
 
 class _BatchFiller:
-    """Gathers rows of successive windows into batches of equal size."""
+    """Gathers rows of successive windows into batches of given sizes."""
 
-    def __init__(self, nbytes: int, batch_size: int, num_rows: int) -> None:
+    def __init__(self, nbytes: int, sizes: Sequence[int]) -> None:
         self._nbytes = nbytes
-        self._batch_size = batch_size
-        self._rows_left = num_rows
+        self._sizes_left = deque(sizes)
         self._batch: Batch | None = None
         self._filled = 0
 
     @property
     def is_done(self) -> bool:
-        """Whether all rows are in batches."""
-        return self._rows_left == 0
+        """Whether every batch is full."""
+        return not self._sizes_left
 
     def fill(self, window: Sequence[Shard], rows: np.ndarray) -> Iterator[Batch]:
         """Copies rows of a window, yields every batch that becomes full, and keeps the rest for later.
@@ -171,9 +192,9 @@ class _BatchFiller:
         """
         starts = np.cumsum([0, *(len(shard.labels) for shard in window)])
         taken = 0
-        while taken < len(rows) and self._rows_left:
+        while taken < len(rows) and self._sizes_left:
             if self._batch is None:
-                self._batch = _empty_batch(min(self._batch_size, self._rows_left), self._nbytes)
+                self._batch = _empty_batch(self._sizes_left[0], self._nbytes)
             count = min(len(rows) - taken, len(self._batch.labels) - self._filled)
             self._copy(window, starts, np.sort(rows[taken : taken + count]))
             taken += count
@@ -197,7 +218,7 @@ class _BatchFiller:
 
     def _finish(self) -> Batch:
         batch, self._batch = self._batch, None
-        self._rows_left -= self._filled
+        self._sizes_left.popleft()
         self._filled = 0
         return batch
 

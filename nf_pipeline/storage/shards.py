@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nf_pipeline.dtypes import ITEM_BYTES
 from nf_pipeline.errors import ConfigError, InternalError, ObjectCorrupt, StorageError
 from nf_pipeline.storage.store import Store, checksum_of
 
-ITEM_BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 CODECS = ("none", "zstd", "lz4")
 
 ROW_GROUP_BYTES = 8 * 2**20

@@ -5,15 +5,14 @@ read after the choice and only by the chosen model. Entry: `assemble_model`.
 """
 
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from nf_pipeline.config import FORMAT_VERSION, RunConfig
-from nf_pipeline.core.exit_model import ExitModel, build_first_units
+from nf_pipeline.config import RunConfig
+from nf_pipeline.core.exit_model import ExitModel, ExitSpec, build_first_units
 from nf_pipeline.core.exits import ExitCandidate, choose_exit
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.train_step import resolve_device
@@ -21,19 +20,19 @@ from nf_pipeline.errors import ObjectCorrupt
 from nf_pipeline.events import Event, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
 from nf_pipeline.model_files import ModelCard
-from nf_pipeline.plan import Plan
+from nf_pipeline.plans import Plan
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of, commit_manifest
 from nf_pipeline.storage.reader import ShardReader
-from nf_pipeline.storage.store import Store, open_store
+from nf_pipeline.storage.store import Store
 from nf_pipeline.worker.checkpoint import unpack_units
 from nf_pipeline.worker.model_card import render_model_card
-from nf_pipeline.worker.runtime import set_threads
-from nf_pipeline.worker.stage_input import read_block, read_ingest
+from nf_pipeline.worker.progress_clock import ProgressClock
+from nf_pipeline.worker.runtime import cap_device_memory, set_threads
+from nf_pipeline.worker.stage_input import open_run_store, read_block, read_ingest
 from nf_pipeline.worker.tasks import AssembleTask, assemble_fingerprint
 
 STAGE = "model"
-EVALUATION_BATCH_SIZE = 256
 
 
 def assemble_model(task: AssembleTask) -> Iterator[Event]:
@@ -46,9 +45,9 @@ def assemble_model(task: AssembleTask) -> Iterator[Event]:
     Raises:
         StorageError: a block's manifest or weights are missing or corrupt.
     """
-    began = time.monotonic()
+    clock = ProgressClock()
     set_threads(task.num_threads)
-    store, layout = open_store(task.config.storage.uri), RunLayout(task.config.run)
+    store, layout = open_run_store(task.config)
     yield StageStarted(stage=STAGE, attempt=task.attempt, worker=worker_name())
     blocks = [read_block(store, layout, idx) for idx in range(len(task.plan.blocks))]
     ingest = read_ingest(store, layout)
@@ -61,7 +60,7 @@ def assemble_model(task: AssembleTask) -> Iterator[Event]:
         test_accuracy = yield from _test(store, ingest, model, task)
     result = _result(task, exits, chosen.index, chosen.reason, model, test_accuracy)
     _commit(store, layout, task, ingest, blocks, model, result)
-    yield StageDone(stage=STAGE, result=result, seconds=time.monotonic() - began)
+    yield StageDone(stage=STAGE, result=result, seconds=clock.seconds)
 
 
 def list_exits(plan: Plan, block_facts: list[dict[str, Any]]) -> list[ExitCandidate]:
@@ -94,7 +93,7 @@ def load_units(
     Raises:
         ObjectCorrupt: a block's weights are not those that its manifest names.
     """
-    units = build_first_units(
+    spec = ExitSpec(
         model=plan.model,
         image_shape=plan.image_shape,
         num_classes=plan.num_classes,
@@ -102,6 +101,7 @@ def load_units(
         unit_layers=config.train.unit_layers,
         num_units=num_units,
     )
+    units = build_first_units(spec)
     for block, manifest in zip(plan.blocks, blocks, strict=False):
         first, stop = block.units[0], min(block.units[1], num_units)
         if first < stop:
@@ -123,17 +123,24 @@ def read_weights(store: Store, manifest: StageManifest) -> bytes:
 
 
 @torch.no_grad()
-def _test(store: Store, ingest: StageManifest, model: ExitModel, task: AssembleTask) -> Iterator[Progress]:
+def _test(
+    store: Store, ingest: StageManifest, model: ExitModel, task: AssembleTask
+) -> Generator[Progress, None, float]:
     device = resolve_device(task.config.train.device)
+    cap_device_memory(device, None)
     model.to(device)
-    reader = ShardReader(store, ingest.shards["test"], ingest.spec, batch_size=EVALUATION_BATCH_SIZE)
-    correct = done = 0
+    # What every block could train with, the final model can run with.
+    batch_size = min(block.batch_size for block in task.plan.blocks)
+    reader = ShardReader(store, ingest.shards["test"], ingest.spec, batch_size=batch_size)
+    clock, correct, done = ProgressClock(), 0, 0
     for batch in reader.batches(seed=0, epoch=0, shuffle=False):
         pixels_NCHW = torch.from_numpy(batch.tensors).view(-1, *ingest.spec.shape).to(device)
         labels_N = torch.from_numpy(batch.labels).to(device)
         correct += int((model(pixels_NCHW).argmax(dim=1) == labels_N).sum())
         done += len(batch.labels)
-        yield Progress(stage=STAGE, phase="validate", done=done, total=reader.num_rows)
+        if clock.is_due():
+            rate = clock.rate(done)
+            yield Progress(stage=STAGE, phase="validate", done=done, total=reader.num_rows, images_per_s=rate)
     model.cpu()
     return correct / reader.num_rows
 
@@ -185,7 +192,6 @@ def _commit(
     store.put(layout.model_json, json.dumps(card.to_json(), indent=2).encode())
     checksums = [block.content_checksum for block in blocks]
     manifest = StageManifest(
-        format_version=FORMAT_VERSION,
         stage=STAGE,
         fingerprint=assemble_fingerprint(task.config, checksums),
         input_checksum=checksums[-1],

@@ -14,14 +14,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
+from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, StorageError
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import checksum_of
 from nf_pipeline.storage.store import Store
 
 logger = logging.getLogger(__name__)
-
-RECORD_NAME = "checkpoint.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +57,26 @@ def pack_units(units: Sequence[nn.Module], first_unit: int) -> dict[str, torch.T
 
 
 def unpack_units(units: Sequence[nn.Module], first_unit: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Loads what `pack_units` named; every weight must be there and none besides."""
+    """Loads what `pack_units` named; every weight must be there and none besides.
+
+    Raises:
+        ConfigError: the units are not those whose weights were stored: a user's factory has changed.
+    """
     for offset, unit in enumerate(units):
         prefix = f"{first_unit + offset}."
         state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        unit.load_state_dict(state, strict=True)
+        try:
+            unit.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"unit {first_unit + offset} no longer has the weights that were trained: {error}",
+                "use the model factory as it was when the run began",
+            ) from None
 
 
 def save_checkpoint(
     store: Store,
+    layout: RunLayout,
     prefix: str,
     record: CheckpointRecord,
     units: Sequence[nn.Module],
@@ -84,20 +93,33 @@ def save_checkpoint(
     """
     tensors = pack_units(units, 0) | _pack_momentum(optimizers)
     data = safetensors.torch.save(tensors)
-    key = f"{prefix}/checkpoint-{record.epoch:05d}.safetensors"
+    key = layout.checkpoint_tensors(prefix, record.epoch)
     stored = replace(record, key=key, checksum=checksum_of(data))
     store.put(key, data)
-    store.put(f"{prefix}/{RECORD_NAME}", json.dumps(asdict(stored)).encode())
+    store.put(layout.checkpoint_record(prefix), json.dumps(asdict(stored)).encode())
     if record.key.startswith(f"{prefix}/"):
-        store.delete([record.key])
+        delete_quietly(store, [record.key])
     return stored
 
 
-def find_checkpoint(store: Store, layout: RunLayout, block_idx: int, fingerprint: str) -> CheckpointRecord | None:
-    """Returns the record with the most epochs among all attempts at a block, None if there is none."""
+def delete_quietly(store: Store, keys: list[str]) -> None:
+    """Removes what is no longer needed; what cannot be removed is left to `gc`, not an error of the training."""
+    try:
+        store.delete(keys)
+    except StorageError as error:
+        logger.warning("could not delete %s: %s", ", ".join(keys), error)
+
+
+def find_checkpoint(
+    store: Store, layout: RunLayout, block_idx: int, fingerprint: str, batch_size: int
+) -> CheckpointRecord | None:
+    """Returns the record with the most epochs among all attempts at a block, None if there is none.
+
+    Momentum and schedule belong to a batch size: records of another one do not count.
+    """
     newest = None
     for key, _ in store.list(layout.block(block_idx)):
-        if not key.endswith(f"/{RECORD_NAME}"):
+        if key != layout.checkpoint_record(key.rpartition("/")[0]):
             continue
         try:
             record = CheckpointRecord(**json.loads(bytes(store.get(key))))
@@ -105,8 +127,9 @@ def find_checkpoint(store: Store, layout: RunLayout, block_idx: int, fingerprint
             logger.warning("checkpoint record %s is unusable: %s", key, error)
             continue
         newer = newest is None or record.epoch > newest.epoch
+        same_work = (record.fingerprint, record.batch_size) == (fingerprint, batch_size)
         # A finished attempt leaves its record behind, not its tensors.
-        if newer and record.fingerprint == fingerprint and store.size(record.key) is not None:
+        if newer and same_work and store.size(record.key) is not None:
             newest = record
     return newest
 
@@ -127,7 +150,7 @@ def load_checkpoint(
         raise ObjectCorrupt(
             f"checkpoint {record.key} has checksum {checksum_of(data)}, its record says {record.checksum}",
             store.uri,
-            f"delete {record.key} and the {RECORD_NAME} beside it: the block then starts again",
+            f"delete {record.key}: the block then starts again",
         )
     tensors = safetensors.torch.load(data)
     unpack_units(units, 0, {k: t for k, t in tensors.items() if not k.startswith("momentum.")})

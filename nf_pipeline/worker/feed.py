@@ -10,19 +10,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from nf_pipeline.core.dtypes import TORCH_DTYPES
 from nf_pipeline.core.exit_model import Normalise
 from nf_pipeline.core.memory import PeakMeter
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.reader import Batch, ShardReader
 from nf_pipeline.storage.shards import TensorSpec
 from nf_pipeline.storage.store import Store
-
-_DTYPES = {
-    "uint8": torch.uint8,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 class DeviceBatch:
@@ -73,21 +67,21 @@ class Feed:
         """Seconds that the consumer has waited for stored data so far."""
         return self._reader.wait_s
 
-    def num_batches(self, *, drop_last: bool) -> int:
+    def num_batches(self, *, even: bool) -> int:
         """Returns the steps of one pass."""
-        return self._reader.num_batches(drop_last=drop_last)
+        return self._reader.num_batches(even=even)
 
     def batches(
-        self, *, seed: int = 0, epoch: int = 0, shuffle: bool = False, drop_last: bool = False
+        self, *, seed: int = 0, epoch: int = 0, shuffle: bool = False, even: bool = False
     ) -> Iterator[DeviceBatch]:
         """Yields the split once, in stored order unless `shuffle`; see `ShardReader.batches`."""
-        stored = self._reader.batches(seed=seed, epoch=epoch, shuffle=shuffle, drop_last=drop_last)
+        stored = self._reader.batches(seed=seed, epoch=epoch, shuffle=shuffle, even=even)
         for batch in stored:
             labels_N = torch.from_numpy(batch.labels).to(self._device)
             yield DeviceBatch(self._to_device(batch), labels_N, batch.sample_ids)
 
     def _to_device(self, batch: Batch) -> torch.Tensor:
-        stored = torch.from_numpy(batch.tensors).view(_DTYPES[self._spec.dtype])
+        stored = torch.from_numpy(batch.tensors).view(TORCH_DTYPES[self._spec.dtype])
         stored = stored.view(len(batch.labels), *self._spec.shape)
         if self._device.type == "cuda":
             stored = stored.pin_memory().to(self._device, non_blocking=True)

@@ -12,6 +12,7 @@ def render_model_card(card: ModelCard, result: dict[str, Any], ingest_facts: dic
     low, high = chosen["val_interval"]
     test = "no test split" if card.test_accuracy is None else f"{100 * card.test_accuracy:.2f} %"
     channels, height, width = card.image_shape
+    rows = ", ".join(f"{split} {count:,}" for split, count in ingest_facts["split_rows"].items())
     return f"""# {card.model}, cut at exit {result["chosen_exit"]} (layer {card.exit_layer})
 
 An image classifier with {card.num_classes} classes, trained block by block under a memory budget of
@@ -19,7 +20,7 @@ An image classifier with {card.num_classes} classes, trained block by block unde
 
 | | |
 |---|---|
-| data | {ingest_facts["dataset"]}, {ingest_facts["split_rows"]} images |
+| data | {ingest_facts["dataset"]}: {rows} images |
 | input | {channels} x {height} x {width} pixels, 0 to 255 |
 | validation accuracy | {100 * card.val_accuracy:.2f} % (interval {100 * low:.2f} to {100 * high:.2f} %) |
 | test accuracy | {test} |

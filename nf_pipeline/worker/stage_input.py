@@ -1,9 +1,27 @@
-"""What a block reads: the committed output of the stage before it."""
+"""What a stage reads: the run's store, and the committed output of the stage before."""
 
-from nf_pipeline.errors import ObjectMissing
+from nf_pipeline.config import RunConfig
+from nf_pipeline.errors import ObjectMissing, StorageError
+from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, read_manifest
-from nf_pipeline.storage.store import Store
+from nf_pipeline.storage.store import Store, open_store
+
+
+def open_run_store(config: RunConfig) -> tuple[Store, RunLayout]:
+    """Opens the store as this worker sees it and checks that the run is there.
+
+    Raises:
+        StorageError: the driver's record of the run cannot be seen from here.
+    """
+    store, layout = open_store(config.storage.uri), RunLayout(config.run)
+    if store.size(layout.run_json) is None:
+        raise StorageError(
+            f"worker {worker_name()} does not see {layout.run_json}, which the driver wrote",
+            store.uri,
+            "--store s3://bucket/prefix, or a folder that all machines share",
+        )
+    return store, layout
 
 
 def read_ingest(store: Store, layout: RunLayout) -> StageManifest:

@@ -6,7 +6,7 @@ A stage is named by where its generator function stands, so that the driver need
 from dataclasses import dataclass
 
 from nf_pipeline.config import RunConfig, fingerprint_of
-from nf_pipeline.plan import BlockPlan, Plan
+from nf_pipeline.plans import BlockPlan, Plan
 
 INGEST_STAGE = "nf_pipeline.worker.prepare:ingest_images"
 PLAN_STAGE = "nf_pipeline.worker.prepare:make_run_plan"

@@ -3,8 +3,7 @@
 Deliberately knows nothing of Ray, of other blocks' weights, or of who renders its events. Entry: `train_block`.
 """
 
-import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,22 +11,22 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from nf_pipeline.config import FORMAT_VERSION
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.local_unit import LocalUnit, build_units
 from nf_pipeline.core.memory import measure_peak
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.train_step import make_optimizer, resolve_device, train_step
-from nf_pipeline.errors import OutOfBudget
+from nf_pipeline.errors import ObjectMissing, OutOfBudget
 from nf_pipeline.events import EpochDone, Event, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of, commit_manifest
 from nf_pipeline.storage.shards import ShardInfo
-from nf_pipeline.storage.store import Store, open_store
+from nf_pipeline.storage.store import Store
 from nf_pipeline.units import format_bytes
 from nf_pipeline.worker.checkpoint import (
     CheckpointRecord,
+    delete_quietly,
     find_checkpoint,
     load_checkpoint,
     pack_units,
@@ -36,14 +35,15 @@ from nf_pipeline.worker.checkpoint import (
 from nf_pipeline.worker.evaluate import count_correct
 from nf_pipeline.worker.feed import Feed, open_feed
 from nf_pipeline.worker.loss_guard import LossGuard
-from nf_pipeline.worker.runtime import seed_everything, set_threads
+from nf_pipeline.worker.progress_clock import ProgressClock
+from nf_pipeline.worker.runtime import cap_device_memory, seed_everything, set_threads
 from nf_pipeline.worker.schedule import learning_rate, peak_learning_rate, warmup_steps
-from nf_pipeline.worker.stage_input import read_input
+from nf_pipeline.worker.stage_input import open_run_store, read_input
 from nf_pipeline.worker.tasks import BlockTask, block_fingerprint
 from nf_pipeline.worker.write_activations import activation_spec, shards_bytes, write_activations
 
-PROGRESS_EVERY_S = 1.0
 METERED_STEPS = 8
+RESTORE_TRIES = 3
 
 
 def train_block(task: BlockTask) -> Iterator[Event]:
@@ -58,11 +58,11 @@ def train_block(task: BlockTask) -> Iterator[Event]:
         OutOfBudget: the measured peak passed the memory budget.
         StorageError: input shards are missing or corrupt, or the store cannot be written.
     """
-    began = time.monotonic()
+    clock = ProgressClock()
     set_threads(task.num_threads)
-    attempt = _Attempt(task, open_store(task.config.storage.uri))
-    yield attempt.started()
     try:
+        attempt = _Attempt(task, *open_run_store(task.config))
+        yield attempt.started()
         for epoch in range(attempt.record.epoch, task.config.train.epochs):
             yield from attempt.train_epoch(epoch)
         shards = yield from attempt.write()
@@ -75,20 +75,20 @@ def train_block(task: BlockTask) -> Iterator[Event]:
             "raise --set memory.safety_margin",
         ) from None
     result = attempt.commit(shards)
-    yield StageDone(stage=task.stage, result=result, seconds=time.monotonic() - began)
+    yield StageDone(stage=task.stage, result=result, seconds=clock.seconds)
 
 
 class _Attempt:
     """One attempt at a block: its units, its feeds, and the record of what it has done so far."""
 
-    def __init__(self, task: BlockTask, store: Store) -> None:
+    def __init__(self, task: BlockTask, store: Store, layout: RunLayout) -> None:
         self.task = task
         self.store = store
+        self.layout = layout
         self.train_config = task.config.train
-        self.layout = RunLayout(task.config.run)
         self.prefix = self.layout.block_attempt(task.block_idx, task.attempt)
         self.device = resolve_device(self.train_config.device)
-        _cap_device_memory(self.device, task.plan.budget_bytes)
+        cap_device_memory(self.device, task.plan.budget_bytes)
         self.input = read_input(store, self.layout, task.block_idx)
         self.peak_lr = peak_learning_rate(self.train_config.lr, task.batch_size)
         self.units = [unit.to(self.device) for unit in _build_units(task)]
@@ -118,12 +118,12 @@ class _Attempt:
 
     def train_epoch(self, epoch: int) -> Iterator[Event]:
         """Trains, validates and checkpoints one epoch."""
-        began, waited = time.monotonic(), self.feeds["train"].wait_s
+        clock, waited = ProgressClock(), self.feeds["train"].wait_s
         seed_everything(self.train_config.seed, self.task.block_idx, epoch)
         guard = LossGuard(self.task.stage, self.task.plan.num_classes, epoch)
         yield from self._train_batches(epoch, guard)
-        train_s = time.monotonic() - began
-        correct = count_correct(self.units, self.feeds["val"], self.train_config.precision, self.meter)
+        images_per_s = clock.rate(self.feeds["train"].num_rows)
+        correct = yield from self._validate(epoch)
         self._check_budget()
         done = EpochDone(
             stage=self.task.stage,
@@ -131,23 +131,23 @@ class _Attempt:
             num_epochs=self.train_config.epochs,
             losses=guard.mean_losses(),
             val_accuracies=[count / self.feeds["val"].num_rows for count in correct],
-            images_per_s=self.feeds["train"].num_rows / train_s,
+            images_per_s=images_per_s,
             loader_wait_s=self.feeds["train"].wait_s - waited,
             peak_bytes=self.peak_bytes,
         )
-        self._checkpoint(done, correct, time.monotonic() - began)
+        self._checkpoint(done, correct, clock.seconds)
         yield done
 
-    def write(self) -> Iterator[Event]:
+    def write(self) -> Generator[Event, None, dict[str, list[ShardInfo]]]:
         """Writes what the next block reads: the activations of train and val. The last block has no reader."""
-        began = time.monotonic()
+        clock = ProgressClock()
         shards: dict[str, list[ShardInfo]] = {}
         for split in () if self.task.is_last else ("train", "val"):
             shards[split] = yield from write_activations(
                 self.store, self.task, self.units, self.feeds[split], split, self.meter
             )
         self._check_budget()
-        self.write_s = time.monotonic() - began
+        self.write_s = clock.seconds
         return shards
 
     def commit(self, shards: dict[str, list[ShardInfo]]) -> dict[str, Any]:
@@ -157,7 +157,6 @@ class _Attempt:
         self.store.put(key, weights)
         result = self._result(shards)
         manifest = StageManifest(
-            format_version=FORMAT_VERSION,
             stage=self.task.stage,
             fingerprint=self.fingerprint,
             input_checksum=self.input.content_checksum,
@@ -168,15 +167,13 @@ class _Attempt:
             facts=result,
         )
         commit_manifest(self.store, self.layout.block_manifest(self.task.block_idx), manifest)
-        self.store.delete([self.record.key])
+        delete_quietly(self.store, [self.record.key])
         return result
 
     def _train_batches(self, epoch: int, guard: LossGuard) -> Iterator[Progress]:
-        feed = self.feeds["train"]
-        steps = feed.num_batches(drop_last=True)
-        began = reported = time.monotonic()
-        num_images = 0
-        batches = feed.batches(seed=self.train_config.seed, epoch=epoch, shuffle=True, drop_last=True)
+        feed, clock, num_images = self.feeds["train"], ProgressClock(), 0
+        steps = feed.num_batches(even=True)
+        batches = feed.batches(seed=self.train_config.seed, epoch=epoch, shuffle=True, even=True)
         for step, batch in enumerate(batches):
             self._set_learning_rate(epoch * steps + step, steps)
             num_images += len(batch.y_N)
@@ -187,21 +184,38 @@ class _Attempt:
                     self.units, self.optimizers, batch.take_x(), batch.y_N, self.train_config.precision
                 )
             guard.add(losses)
-            now = time.monotonic()
-            if now - reported >= PROGRESS_EVERY_S:
-                reported = now
-                yield Progress(
-                    stage=self.task.stage,
-                    phase="train",
-                    done=num_images,
-                    total=feed.num_rows,
-                    epoch=epoch + 1,
-                    num_epochs=self.train_config.epochs,
-                    loss=guard.last_loss(),
-                    images_per_s=num_images / (now - began),
-                    peak_bytes=self.peak_bytes,
-                )
+            if step < METERED_STEPS:
+                self._check_budget()
+            if clock.is_due():
+                rate = clock.rate(num_images)
+                yield self._progress("train", epoch, num_images, feed.num_rows, rate, guard.last_loss())
         guard.check()
+
+    def _validate(self, epoch: int) -> Generator[Progress, None, list[int]]:
+        feed, clock = self.feeds["val"], ProgressClock()
+        counting = count_correct(self.units, feed, self.train_config.precision, self.meter)
+        while True:
+            try:
+                done = next(counting)
+            except StopIteration as finished:
+                return finished.value
+            if clock.is_due():
+                yield self._progress("validate", epoch, done, feed.num_rows, clock.rate(done))
+
+    def _progress(
+        self, phase: str, epoch: int, done: int, total: int, rate: float, loss: float | None = None
+    ) -> Progress:
+        return Progress(
+            stage=self.task.stage,
+            phase=phase,
+            done=done,
+            total=total,
+            epoch=epoch + 1,
+            num_epochs=self.train_config.epochs,
+            loss=loss,
+            images_per_s=rate,
+            peak_bytes=self.peak_bytes,
+        )
 
     def _meter(self, step: int) -> AbstractContextManager[object]:
         # Every step of an epoch holds the same tensors. Counting them costs a CPU step up to 5 %, so only the
@@ -228,12 +242,17 @@ class _Attempt:
         return block_fingerprint(self.task.config, self.task.block, self.input.content_checksum)
 
     def _restore(self) -> CheckpointRecord:
-        record = find_checkpoint(self.store, self.layout, self.task.block_idx, self.fingerprint)
-        # Momentum and schedule belong to a batch size: an attempt with another one starts again.
-        if record is None or record.batch_size != self.task.batch_size:
-            return CheckpointRecord(fingerprint=self.fingerprint, batch_size=self.task.batch_size)
-        load_checkpoint(self.store, record, self.units, self.optimizers)
-        return record
+        batch_size = self.task.batch_size
+        for _ in range(RESTORE_TRIES):
+            record = find_checkpoint(self.store, self.layout, self.task.block_idx, self.fingerprint, batch_size)
+            if record is None:
+                break
+            try:
+                load_checkpoint(self.store, record, self.units, self.optimizers)
+            except ObjectMissing:
+                continue  # an attempt that was given up for lost goes on and has moved to its next epoch
+            return record
+        return CheckpointRecord(fingerprint=self.fingerprint, batch_size=batch_size)
 
     def _checkpoint(self, done: EpochDone, correct: list[int], seconds: float) -> None:
         record = replace(
@@ -244,7 +263,7 @@ class _Attempt:
             train_s=self.record.train_s + seconds,
             loader_wait_s=self.record.loader_wait_s + done.loader_wait_s,
         )
-        self.record = save_checkpoint(self.store, self.prefix, record, self.units, self.optimizers)
+        self.record = save_checkpoint(self.store, self.layout, self.prefix, record, self.units, self.optimizers)
 
     def _check_budget(self) -> None:
         budget = self.task.plan.budget_bytes
@@ -288,9 +307,3 @@ def _build_units(task: BlockTask) -> list[LocalUnit]:
         train.seed,
         units=range(*task.block.units),
     )
-
-
-def _cap_device_memory(device: torch.device, budget_bytes: int) -> None:
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), device)

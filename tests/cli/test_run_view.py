@@ -4,7 +4,7 @@ import pytest
 
 from nf_pipeline.cli.run_view import RunView, format_duration, format_peak
 from nf_pipeline.events import EpochDone, Note, Progress, StageDone, StageFailed, StageSkipped, StageStarted
-from nf_pipeline.plan import BlockPlan, LayerSpec, Plan, UnitProfile
+from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
 
 GIB = 2**30
 

@@ -13,7 +13,7 @@ from nf_pipeline.cli.tables import (
 )
 from nf_pipeline.driver.doctor import Check
 from nf_pipeline.driver.status import StageStatus
-from nf_pipeline.plan import BlockPlan, LayerSpec, Plan, UnitProfile
+from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
 
 MIB = 2**20
 

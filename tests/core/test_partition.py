@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from nf_pipeline.config import MemoryConfig
 from nf_pipeline.core.partition import (
-    block_peak_bytes,
     budget_for,
     effective_budget,
     feasible_batch,
@@ -16,7 +15,7 @@ from nf_pipeline.core.partition import (
     smallest_budget,
 )
 from nf_pipeline.errors import PlanError
-from nf_pipeline.plan import UnitProfile
+from nf_pipeline.plans import UnitProfile
 
 
 def make_unit(unit_idx: int, slope: int, constant: int, resident: int) -> UnitProfile:
@@ -129,8 +128,7 @@ def test_blocks_cover_all_units_and_stay_within_the_effective_budget(
     assert [group.start for group in groups] == [0, *(group.stop for group in groups[:-1])]
     assert groups[-1].stop == len(units)
     for group in groups:
-        peak = block_peak_bytes(units[group.start : group.stop], group.batch_size)
-        assert peak == oracle_peak(units[group.start : group.stop], group.batch_size)
+        peak = oracle_peak(units[group.start : group.stop], group.batch_size)
         assert peak <= effective_budget(budget, cfg) <= budget
         assert cfg.min_batch_size <= group.batch_size <= cfg.max_batch_size
 
@@ -188,13 +186,14 @@ def test_a_generous_budget_makes_one_block_at_the_cap() -> None:
     assert groups[0].reason == "the model ends; batch 128 is memory.max_batch_size"
 
 
+def test_the_cap_is_named_as_the_caller_says() -> None:
+    groups = partition(make_units((10, 50, 20)), 10**6, make_cfg(), cap_name="what there is")
+    assert groups[0].reason == "the model ends; batch 128 is what there is"
+
+
 def test_feasible_batch_without_slope_is_all_or_nothing() -> None:
     assert feasible_batch(make_units((0, 10, 0)), 10, 7) == 7
     assert feasible_batch(make_units((0, 10, 0)), 9, 7) == 0
-
-
-def test_peaks_of_a_block_count_every_resident_byte_once() -> None:
-    assert block_peak_bytes(make_units((2, 10, 4), (1, 30, 20)), 5) == max(2 * 5 + 10 + 20, 5 + 30 + 4)
 
 
 def test_200_units_are_covered_in_one_pass() -> None:

@@ -2,7 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Callable
+import resource
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nf_pipeline.config import RunConfig
+from nf_pipeline.core import planner
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.local_unit import build_units
 from nf_pipeline.core.models import build_model
-from nf_pipeline.core.partition import effective_budget
+from nf_pipeline.core.partition import budget_for, effective_budget
 from nf_pipeline.core.planner import make_plan, verified_batch
-from nf_pipeline.core.profiler import predict_block_peak
-from nf_pipeline.errors import PlanError
-from nf_pipeline.plan import Plan
+from nf_pipeline.core.profiler import StepProbe
+from nf_pipeline.errors import ConfigError, PlanError
+from nf_pipeline.plans import Plan
 
 MIB = 2**20
 ROWS = {"train": 900, "val": 100, "test": 50}
@@ -62,14 +67,12 @@ def test_predicted_peaks_are_verified_and_within_the_effective_budget(vgg_plan: 
     units = build_units(cut_model, "adaptive", 1, 10, 0)
     in_shapes = [(3, 32, 32), *cut_model.out_shapes]
     for block in vgg_plan.blocks:
-        exact = predict_block_peak(
-            units[slice(*block.units)],
-            in_shapes[block.layers[0]],
-            block.batch_size,
-            train=cfg.train,
-            device=torch.device("cpu"),
+        probe = StepProbe(
+            units[slice(*block.units)], in_shapes[block.layers[0]], train=cfg.train, device=torch.device("cpu")
         )
-        assert block.predicted_peak_bytes == exact <= effective_budget(64 * MIB, cfg.memory)
+        assert (
+            block.predicted_peak_bytes == probe.peak_bytes(block.batch_size) <= effective_budget(64 * MIB, cfg.memory)
+        )
 
 
 def test_early_blocks_are_bound_by_activations_and_late_ones_by_weights(vgg_plan: Plan) -> None:
@@ -127,6 +130,103 @@ def test_the_smallest_budget_of_the_error_makes_a_plan_and_one_byte_less_does_no
 def test_a_model_that_suits_the_images_is_picked_and_named() -> None:
     plan = make_plan(make_cfg(None, "64MiB", unit_layers=3), image_shape=(1, 8, 8), num_classes=10, split_rows=ROWS)
     assert plan.model == "convnet"
+
+
+@pytest.mark.parametrize("rows", [60, 2])
+def test_no_batch_is_larger_than_the_train_split(rows: int) -> None:
+    cfg = make_cfg("convnet", "64MiB")
+    plan = make_plan(cfg, image_shape=(3, 16, 16), num_classes=10, split_rows={"train": rows, "val": 5})
+    assert [block.batch_size for block in plan.blocks] == [rows]
+    assert f"batch {rows} is the whole train split" in plan.blocks[0].reason
+
+
+def test_a_train_split_below_the_smallest_batch_is_a_config_error() -> None:
+    cfg = make_cfg("convnet", "64MiB", memory={"budget_bytes": "64MiB", "min_batch_size": 8})
+    with pytest.raises(ConfigError, match=r"got 7 images, want at least memory\.min_batch_size \(8\)"):
+        make_plan(cfg, image_shape=(3, 16, 16), num_classes=10, split_rows={"train": 7})
+
+
+def test_a_budget_beyond_the_devices_memory_counts_as_that_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "total_bytes", lambda _: 8 * MIB)
+    plan = plan_32(make_cfg("convnet", "1TiB"))
+    assert plan.budget_bytes == 2**40
+    assert 7 * MIB < max(block.predicted_peak_bytes for block in plan.blocks) <= 8 * MIB
+    monkeypatch.setattr(planner, "total_bytes", lambda _: 2**16)
+    with pytest.raises(PlanError) as caught:
+        plan_32(make_cfg("convnet", "1TiB"))
+    assert caught.value.budget_bytes == 2**16
+
+
+def test_progress_counts_profiled_units_up_to_all() -> None:
+    calls = []
+    plan = make_plan(
+        make_cfg("convnet", "64MiB", unit_layers=2),
+        image_shape=(3, 16, 16),
+        num_classes=10,
+        split_rows=ROWS,
+        on_progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls == [(done + 1, len(plan.units)) for done in range(len(plan.units))]
+
+
+def test_planning_vgg19_takes_none_of_the_memory_that_it_plans() -> None:
+    memory = {"budget_bytes": "1TiB", "max_batch_size": 65536}
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan = make_plan(
+        make_cfg("vgg19_bn", "1TiB", unit_layers=3, memory=memory),
+        image_shape=(3, 32, 32),
+        num_classes=10,
+        split_rows={"train": 10**6},
+    )
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+    assert len(plan.layers) == 16
+    assert max(block.predicted_peak_bytes for block in plan.blocks) > 40 * 2**30
+    assert grown_kib < 2**20
+
+
+@pytest.fixture
+def view_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A model whose first layer returns a view: it keeps 64 channels alive where its profile of 4 says little."""
+    source = """
+        from torch import nn
+
+        class Narrow(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(3, 64, 3, padding=1)
+
+            def forward(self, x_NCHW):
+                return self.conv(x_NCHW)[:, :4]
+
+        def make(num_classes):
+            tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, num_classes)]
+            return nn.Sequential(Narrow(), nn.Conv2d(4, 48, 3, padding=1), nn.ReLU(), *tail)
+        """
+    (tmp_path / "view_model.py").write_text(textwrap.dedent(source))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "view_model:make"
+    sys.modules.pop("view_model", None)
+
+
+def test_a_block_that_takes_more_than_its_profiles_add_up_to_is_taken_apart(view_model: str) -> None:
+    def plan_with(budget: int) -> Plan:
+        memory = {"budget_bytes": budget, "min_batch_size": 64, "join_threshold": 1.0}
+        return plan_32(make_cfg(view_model, "1MiB", memory=memory))
+
+    with pytest.raises(PlanError) as caught:
+        plan_with(MIB)
+    smallest = caught.value.smallest_budget_bytes
+    generous = plan_with(10 * smallest)
+    assert [block.units for block in generous.blocks] == [(0, 2)]
+    resident = sum(unit.resident_bytes for unit in generous.units)
+    joint = resident + max(unit.peak_bytes(64) - unit.resident_bytes for unit in generous.units)
+    plan = plan_with(budget_for(joint, make_cfg(view_model, "1MiB").memory))
+    assert [block.units for block in plan.blocks] == [(0, 1), (1, 2)]
+    assert "even at batch 64" in plan.blocks[0].reason
+    for budget in range(smallest, 2 * smallest, smallest // 8):
+        assert plan_with(budget).units == plan.units
+    with pytest.raises(PlanError):
+        plan_with(smallest - 1)
 
 
 def verify(batch_size: int, available: int, slope: int, peak_at: Callable[[int], int]) -> tuple[int, int]:

@@ -5,18 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from driver_config import DIGITS
 
 from nf_pipeline.config import RunConfig, resolve_config
-
-DIGITS = {
-    "memory.budget_bytes": "4MiB",
-    "data.max_train_images": 400,
-    "train.epochs": 2,
-    "train.unit_layers": 2,
-    "cluster.executor": "inline",
-    "cluster.num_threads": 1,
-    "train.device": "cpu",
-}
 
 
 @pytest.fixture

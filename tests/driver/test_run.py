@@ -9,14 +9,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from driver_config import DIGITS
 
 from nf_pipeline import load_model
-from nf_pipeline.config import RunConfig
+from nf_pipeline.config import RunConfig, resolve_config
 from nf_pipeline.driver.run import resume, train
-from nf_pipeline.errors import Diverged, ObjectCorrupt, ObjectMissing, PlanError, RunConflict
+from nf_pipeline.driver.run_record import load_run
+from nf_pipeline.errors import (
+    Diverged,
+    ObjectCorrupt,
+    ObjectMissing,
+    PlanError,
+    RunConflict,
+    StorageError,
+    WorkerLost,
+)
 from nf_pipeline.events import EpochDone, Event, StageDone, StageFailed, StageSkipped, StageStarted
+from nf_pipeline.worker.prepare import ingest_images
+from nf_pipeline.worker.tasks import PrepareTask
 
 MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The summary of an undisturbed run of the fast configuration."""
+    flags = {**DIGITS, "storage.uri": str(tmp_path_factory.mktemp("straight"))}
+    return train(resolve_config(flags=flags))
+
 
 SUMMARY_KEYS = {
     "format_version",
@@ -105,10 +125,68 @@ def test_resume_needs_only_the_uri(digits_config: MakeConfig) -> None:
         resume(f"{config.storage.uri}/absent")
 
 
-def test_name_taken_by_another_configuration_is_refused(digits_config: MakeConfig) -> None:
+def test_name_taken_by_blocks_of_another_configuration_is_refused(digits_config: MakeConfig) -> None:
     train(digits_config())
     with pytest.raises(RunConflict, match=r"train\.epochs: there 2, here 3"):
         train(digits_config(train__epochs=3))
+
+
+def test_advice_of_a_plan_error_can_be_followed_under_the_same_name(digits_config: MakeConfig) -> None:
+    with pytest.raises(PlanError) as caught:
+        train(digits_config(memory__budget_bytes="20KiB"))
+    events: list[Event] = []
+    enough = digits_config(memory__budget_bytes=caught.value.smallest_budget_bytes, train__epochs=1)
+    train(enough, on_event=events.append)
+    assert [e.stage for e in events if isinstance(e, StageSkipped)] == ["ingest"], "the images are kept"
+
+
+def test_other_data_settings_before_any_block_read_the_images_again(digits_config: MakeConfig) -> None:
+    with pytest.raises(PlanError):
+        train(digits_config(memory__budget_bytes="20KiB"))
+    summary = train(digits_config(data__max_train_images=300, train__epochs=1))
+    assert sum(summary["split_rows"][split] for split in ("train", "val")) == 300
+
+
+def test_number_of_threads_is_that_of_the_first_start(digits_config: MakeConfig) -> None:
+    config = digits_config(cluster__num_threads=2, train__epochs=1)
+    train(config)
+    recorded = json.loads(Path(config.storage.uri, "run", "run.json").read_text())
+    assert recorded["config"]["cluster"]["num_threads"] == 2
+    assert load_run(f"{config.storage.uri}/run", {"executor": "ray"}).cluster.num_threads == 2
+
+
+def test_split_smaller_than_a_batch_trains_on_every_row(digits_config: MakeConfig) -> None:
+    summary = train(digits_config(data__max_train_images=60))
+    rows = summary["split_rows"]["train"]
+    assert max(block["batch_size"] for block in summary["blocks"]) == rows
+    for block in summary["blocks"]:
+        assert block["predicted_peak_bytes"] == pytest.approx(block["measured_peak_bytes"], rel=0.1)
+
+
+def test_worker_that_does_not_see_the_drivers_store_says_so(digits_config: MakeConfig, tmp_path: Path) -> None:
+    config = digits_config()
+    elsewhere = config.model_copy(
+        update={"storage": config.storage.model_copy(update={"uri": str(tmp_path / "other machine")})}
+    )
+    task = PrepareTask(config=elsewhere, attempt="0", num_threads=1)
+    with pytest.raises(StorageError, match=r"does not see run/run\.json"):
+        list(ingest_images(task))
+
+
+def test_attempt_lost_after_its_commit_is_not_repeated(digits_config: MakeConfig, straight: dict) -> None:
+    lost: list[Event] = []
+    events: list[Event] = []
+
+    def lose_once(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StageDone) and event.stage == "block-000" and not lost:
+            lost.append(event)
+            raise WorkerLost("block-000", "died after its commit")
+
+    summary = train(digits_config(run="lost"), on_event=lose_once)
+    assert lost
+    assert sum(isinstance(e, StageStarted) and e.stage == "block-000" for e in events) == 1
+    assert summary["weights_checksum"] == straight["weights_checksum"]
 
 
 def test_same_seed_gives_the_same_weights_and_another_seed_others(digits_config: MakeConfig) -> None:
@@ -141,17 +219,29 @@ def test_run_stopped_after_any_epoch_ends_with_the_same_weights(digits_config: M
     assert sum(block["attempts"] for block in resumed["blocks"]) == len(resumed["blocks"]) + 1
 
 
-def test_run_killed_in_the_middle_of_block_1_resumes_to_the_same_weights(digits_config: MakeConfig) -> None:
-    straight = train(digits_config(run="straight"))
+@pytest.mark.parametrize(
+    ("event", "stage"),
+    [
+        ("Progress", "ingest"),
+        ("StageDone", "ingest"),
+        ("StageStarted", "plan"),
+        ("StageDone", "plan"),
+        ("EpochDone", "block-001"),
+        ("StageDone", "block-001"),
+        ("StageStarted", "model"),
+        ("StageDone", "model"),
+    ],
+)
+def test_killed_run_resumes_to_the_same_weights(
+    digits_config: MakeConfig, straight: dict, event: str, stage: str
+) -> None:
     config = digits_config(run="killed")
     script = (
-        "import os, signal, sys\n"
+        "import json, os, signal, sys\n"
         "from nf_pipeline.config import validate_config\n"
         "from nf_pipeline.driver.run import train\n"
-        "from nf_pipeline.events import EpochDone\n"
-        "import json\n"
         "def kill(event):\n"
-        "    if isinstance(event, EpochDone) and event.stage == 'block-001':\n"
+        f"    if (type(event).__name__, event.stage) == ({event!r}, {stage!r}):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "train(validate_config(json.load(sys.stdin)), on_event=kill)\n"
     )
@@ -160,7 +250,7 @@ def test_run_killed_in_the_middle_of_block_1_resumes_to_the_same_weights(digits_
         input=config.model_dump_json(),
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr

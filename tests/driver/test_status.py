@@ -12,7 +12,7 @@ from nf_pipeline.driver.run_record import open_run
 from nf_pipeline.driver.status import overall_state, read_plan, read_status
 from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing
 from nf_pipeline.events import EpochDone, Event, StageDone, StageFailed, StageSkipped, StageStarted
-from nf_pipeline.plan import BlockPlan, LayerSpec, Plan, UnitProfile
+from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, commit_manifest
 from nf_pipeline.storage.store import Store, open_store

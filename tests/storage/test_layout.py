@@ -22,23 +22,22 @@ def test_documents_of_a_run_stand_at_its_top():
     assert names == [f"demo/{name}" for name in ("run.json", "plan.json", "events.jsonl", "summary.json")] + [
         "demo/marker.json"
     ]
-    assert LAYOUT.report_html == "demo/report.html"
 
 
 def test_objects_of_a_block_attempt_live_below_its_id():
     attempt = LAYOUT.block_attempt(7, "0a1b2c3d")
     assert attempt == "demo/blocks/007/attempt-0a1b2c3d"
     assert LAYOUT.weights(7, "0a1b2c3d") == f"{attempt}/weights.safetensors"
-    assert LAYOUT.checkpoint(7, "0a1b2c3d") == f"{attempt}/checkpoint.safetensors"
+    assert LAYOUT.checkpoint_record(attempt) == f"{attempt}/checkpoint.json"
+    assert LAYOUT.checkpoint_tensors(attempt, 12) == f"{attempt}/checkpoint-00012.safetensors"
     assert LAYOUT.shard(attempt, "train", 12) == f"{attempt}/activations/train-00012.parquet"
     assert LAYOUT.block_manifest(7) == "demo/blocks/007/manifest.json"
 
 
-def test_ingest_and_model_have_attempts_and_a_manifest():
+def test_ingest_and_model_have_their_objects_and_a_manifest():
     assert LAYOUT.ingest_attempt("aa") == "demo/ingest/attempt-aa"
     assert LAYOUT.ingest_shard("demo/ingest/attempt-aa", "val", 0) == "demo/ingest/attempt-aa/val-00000.parquet"
     assert LAYOUT.ingest_manifest == "demo/ingest/manifest.json"
-    assert LAYOUT.model_attempt("aa") == "demo/model/attempt-aa"
     assert LAYOUT.model_manifest == "demo/model/manifest.json"
     assert LAYOUT.model_weights == "demo/model/model.safetensors"
     assert LAYOUT.model_json == "demo/model/model.json"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nf_pipeline.errors import ObjectCorrupt, ObjectMissing, StorageError
 from nf_pipeline.storage import reader as reader_module
 from nf_pipeline.storage.local import LocalStore
-from nf_pipeline.storage.reader import ShardReader
+from nf_pipeline.storage.reader import ShardReader, divide_rows
 from nf_pipeline.storage.store import open_store
 
 
@@ -54,38 +54,66 @@ def live_reader_threads():
     batch_size=st.integers(1, 70),
     window_shards=st.integers(1, 5),
     shuffle=st.booleans(),
-    drop_last=st.booleans(),
+    even=st.booleans(),
 )
 def test_every_row_comes_exactly_once_with_its_own_label(
-    write, num_rows, rows_per_shard, batch_size, window_shards, shuffle, drop_last
+    write, num_rows, rows_per_shard, batch_size, window_shards, shuffle, even
 ):
     written = write(num_rows, rows_per_shard=rows_per_shard)
     reader = ShardReader(
         written.store, written.shards, written.spec, batch_size=batch_size, window_shards=window_shards
     )
-    batches = read_all(reader, shuffle=shuffle, drop_last=drop_last)
+    batches = read_all(reader, shuffle=shuffle, even=even)
     row_of = {sample_id: row for row, sample_id in enumerate(written.sample_ids.tolist())}
     rows = [row_of[sample_id] for batch in batches for sample_id in batch.sample_ids.tolist()]
-    whole = num_rows if not drop_last or num_rows < batch_size else num_rows - num_rows % batch_size
-    assert len(rows) == len(set(rows)) == whole
-    assert len(batches) == reader.num_batches(drop_last)
-    assert all(len(batch.labels) == batch_size for batch in batches[:-1])
+    sizes = divide_rows(num_rows, batch_size, even=even)
+    assert [len(batch.labels) for batch in batches] == sizes
+    assert len(batches) == reader.num_batches(even=even)
+    assert len(rows) == len(set(rows)) == sum(sizes)
     if not shuffle:
-        assert rows == list(range(whole))
+        assert rows == list(range(sum(sizes)))
     for batch in batches:
         chosen = [row_of[sample_id] for sample_id in batch.sample_ids.tolist()]
         assert np.array_equal(batch.tensors, written.tensors[chosen])
         assert np.array_equal(batch.labels, written.labels[chosen])
 
 
-def test_short_last_batch_is_dropped_unless_it_is_the_only_one(write):
+@given(num_rows=st.integers(0, 5000), batch_size=st.integers(1, 300))
+def test_even_batches_take_every_row_and_differ_by_one_sample_at_most(num_rows, batch_size):
+    sizes = divide_rows(num_rows, batch_size, even=True)
+    is_odd_in_pairs = batch_size == 2 and num_rows > 2 and num_rows % 2 == 1
+    assert sum(sizes) == num_rows - is_odd_in_pairs
+    assert len(sizes) == -(-num_rows // batch_size) - is_odd_in_pairs
+    assert max(sizes, default=0) - min(sizes, default=0) <= 1
+    assert max(sizes, default=0) <= batch_size
+    assert min(sizes, default=0) != 1 or num_rows == 1 or batch_size == 1
+
+
+@given(num_rows=st.integers(0, 5000), batch_size=st.integers(1, 300))
+def test_other_batches_are_full_but_for_the_last(num_rows, batch_size):
+    sizes = divide_rows(num_rows, batch_size, even=False)
+    assert sum(sizes) == num_rows
+    assert all(size == batch_size for size in sizes[:-1])
+    assert not sizes or 1 <= sizes[-1] <= batch_size
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "expected"),
+    [(200, 128, [100, 100]), (33, 16, [11, 11, 11]), (60, 128, [60]), (4, 3, [2, 2]), (3, 2, [2]), (1, 2, [1])],
+)
+def test_even_batches_of(num_rows, batch_size, expected):
+    assert divide_rows(num_rows, batch_size, even=True) == expected
+
+
+def test_the_row_that_pairs_leave_out_is_another_in_another_epoch(write):
     written = write(33)
-    reader = ShardReader(written.store, written.shards, written.spec, batch_size=16)
-    assert [len(batch.labels) for batch in read_all(reader, drop_last=True)] == [16, 16]
-    assert [len(batch.labels) for batch in read_all(reader)] == [16, 16, 1]
-    small = ShardReader(written.store, written.shards, written.spec, batch_size=64)
-    assert [len(batch.labels) for batch in read_all(small, drop_last=True)] == [33]
-    assert (reader.num_rows, reader.num_batches(True), small.num_batches(True)) == (33, 2, 1)
+    reader = ShardReader(written.store, written.shards, written.spec, batch_size=2)
+    left_out = set()
+    for epoch in range(8):
+        seen = [i for ids in ids_of(read_all(reader, epoch=epoch, even=True)) for i in ids]
+        (row,) = set(written.sample_ids.tolist()) - set(seen)
+        left_out.add(row)
+    assert len(left_out) > 1
 
 
 def test_order_depends_on_seed_and_epoch_only(write):

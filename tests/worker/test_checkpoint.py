@@ -44,7 +44,7 @@ def save(store: Store, attempt: str, epoch: int, record: CheckpointRecord | None
     train(unit, optimizer, epoch)
     record = record or CheckpointRecord(fingerprint="f", batch_size=4)
     prefix = LAYOUT.block_attempt(0, attempt)
-    return save_checkpoint(store, prefix, replace(record, epoch=epoch), [unit], [optimizer])
+    return save_checkpoint(store, LAYOUT, prefix, replace(record, epoch=epoch), [unit], [optimizer])
 
 
 def test_restored_training_continues_bit_for_bit(store: Store) -> None:
@@ -53,7 +53,7 @@ def test_restored_training_continues_bit_for_bit(store: Store) -> None:
     train(straight, straight_optimizer, 3)
     train(straight, straight_optimizer, 2)
     restored, optimizer = make_unit(1)
-    load_checkpoint(store, find_checkpoint(store, LAYOUT, 0, "f"), [restored], [optimizer])
+    load_checkpoint(store, find_checkpoint(store, LAYOUT, 0, "f", 4), [restored], [optimizer])
     train(restored, optimizer, 2)
     for name, tensor in straight.state_dict().items():
         assert torch.equal(restored.state_dict()[name], tensor), name
@@ -63,13 +63,13 @@ def test_newest_epoch_of_any_attempt_is_found(store: Store) -> None:
     save(store, "a", 1)
     save(store, "b", 3)
     save(store, "c", 2)
-    assert find_checkpoint(store, LAYOUT, 0, "f").epoch == 3
+    assert find_checkpoint(store, LAYOUT, 0, "f", 4).epoch == 3
 
 
 def test_checkpoint_of_another_fingerprint_or_block_is_not_found(store: Store) -> None:
     save(store, "a", 1)
-    assert find_checkpoint(store, LAYOUT, 0, "other") is None
-    assert find_checkpoint(store, LAYOUT, 1, "f") is None
+    assert find_checkpoint(store, LAYOUT, 0, "other", 4) is None
+    assert find_checkpoint(store, LAYOUT, 1, "f", 4) is None
 
 
 def test_only_the_newest_tensors_of_an_attempt_are_kept(store: Store) -> None:
@@ -92,7 +92,7 @@ def test_flipped_bit_is_an_error_that_names_the_checkpoint(store: Store) -> None
 def test_broken_record_is_passed_over(store: Store) -> None:
     save(store, "a", 1)
     store.put(f"{LAYOUT.block_attempt(0, 'b')}/checkpoint.json", b"{")
-    assert find_checkpoint(store, LAYOUT, 0, "f").epoch == 1
+    assert find_checkpoint(store, LAYOUT, 0, "f", 4).epoch == 1
 
 
 def test_packed_units_carry_their_index_and_load_back() -> None:

@@ -57,6 +57,7 @@ class Method:
         checkpointing: keep the activations of segment borders only and recompute the rest.
         micro_batch: accumulate gradients up to batch 128 over batches that fit.
         segment_layers: layers between kept activations; 0 chooses what needs the least memory.
+        lr: peak learning rate at batch 128; None takes the run's, which suits local units, not always this.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Method:
     checkpointing: bool = False
     micro_batch: bool = False
     segment_layers: int = 0
+    lr: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +236,7 @@ class _Trainer:
         self._batch = batch
         self._micro = micro
         self._network, self._forward = _build(task, method, device)
-        self._peak_lr = peak_learning_rate(self._config.lr, batch)
+        self._peak_lr = peak_learning_rate(method.lr or self._config.lr, batch)
         self._optimizer = make_optimizer(self._network, self._config, self._peak_lr)
         self._meter = measure_peak(device)
         self._meter.track(self._network)
@@ -347,16 +349,13 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="STORE/NAME", help="run whose images, model and settings are used")
-    parser.add_argument(
-        "--epochs", type=int, help="passes over the train split [default: the run's per block]"
-    )
+    parser.add_argument("--epochs", type=int, help="passes over the train split [default: the run's per block]")
     parser.add_argument("--no-budget", action="store_true", help="batch 128, whatever memory that takes")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--micro-batch", action="store_true", help="accumulate gradients up to batch 128")
+    parser.add_argument("--lr", type=float, help="peak learning rate at batch 128 [default: the run's]")
     parser.add_argument("--num-threads", type=int, default=os.cpu_count(), help="CPU threads [default: all]")
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
     return parser.parse_args()
@@ -369,6 +368,7 @@ def _main() -> None:
         within_budget=not arguments.no_budget,
         checkpointing=arguments.checkpointing,
         micro_batch=arguments.micro_batch,
+        lr=arguments.lr,
     )
     epochs = arguments.epochs or load_run(arguments.run).train.epochs
     task = open_task(arguments.run, epochs=epochs, num_threads=arguments.num_threads)

@@ -2,7 +2,9 @@
 
     python workflows/benchmarks/compare.py
     python workflows/benchmarks/compare.py --data DIR --model vgg11_bn --memory-budget 64MiB \\
-        --max-train-images 8000
+        --max-train-images 8000 --bp-lr 0.05 0.02 0.01
+
+A fair baseline has a learning rate of its own: every method of backpropagation is repeated with every `--bp-lr`.
 
 One process, one after the other, the same threads. The pipeline's seconds contain everything after reading
 the images up to the look at the test split: profiling, planning, training all blocks with a validation after
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import torch
 from backprop import BackpropResult, Method, open_task, train_by_backprop
 
 from nf_pipeline import RunConfig, train
+from nf_pipeline.config import TrainConfig
 from nf_pipeline.errors import NFError
 from nf_pipeline.events import EpochDone, Event, StageDone
 from nf_pipeline.units import format_bytes
@@ -193,6 +196,10 @@ class _Clock:
             )
 
 
+def _with_rate(method: Method, lr: float | None) -> Method:
+    return method if lr is None else replace(method, name=f"{method.name}, lr {lr:g}", lr=lr)
+
+
 def _machine(config: RunConfig) -> dict[str, Any]:
     cuda = torch.cuda.is_available() and config.train.device != "cpu"
     return {
@@ -204,16 +211,17 @@ def _machine(config: RunConfig) -> dict[str, Any]:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="as for nf-pipeline train [default: digits]")
     parser.add_argument("--model", default="convnet", help="as for nf-pipeline train [default: convnet]")
     parser.add_argument("--memory-budget", default="4MiB", help="of pipeline and backprop [default: 4MiB]")
     parser.add_argument("--max-train-images", type=int, help="stratified, seeded subset [default: all]")
     parser.add_argument("--epochs", type=int, default=8, help="of the pipeline, per block [default: 8]")
     parser.add_argument("--bp-epochs", type=int, help="of backpropagation [default: as --epochs]")
-    parser.add_argument("--unit-layers", type=int, default=2, help="layers per local unit [default: 2]")
+    parser.add_argument("--bp-lr", type=float, nargs="+", help="of backprop, at batch 128 [default: the pipeline's]")
+    parser.add_argument(
+        "--unit-layers", type=int, default=TrainConfig().unit_layers, help="layers per local unit [%(default)s]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="[default: 0]")
     parser.add_argument("--device", default="cpu", choices=["auto", "cpu", "cuda"], help="[default: cpu]")
     parser.add_argument(
@@ -245,7 +253,7 @@ def _make_config(arguments: argparse.Namespace, store_uri: str) -> RunConfig:
 def _main() -> int:
     arguments = _parse_arguments()
     output = arguments.output or Path("bench-results") / f"compare-{arguments.model}.json"
-    methods = [METHODS[name] for name in arguments.methods]
+    methods = [_with_rate(METHODS[name], lr) for name in arguments.methods for lr in arguments.bp_lr or [None]]
     with tempfile.TemporaryDirectory(prefix="nf-compare-") as folder:
         config = _make_config(arguments, arguments.store or folder)
         try:

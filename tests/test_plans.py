@@ -1,6 +1,6 @@
 import json
 
-from nf_pipeline.plan import BlockPlan, LayerSpec, Plan, UnitProfile
+from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
 
 
 def make_plan() -> Plan:
