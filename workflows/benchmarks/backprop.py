@@ -262,9 +262,9 @@ class _Trainer:
 
     def _train_epoch(self, feed: Feed, epoch: int) -> float:
         num_parts = self._batch // self._micro
-        steps = feed.num_batches(drop_last=True) // num_parts
+        steps = feed.num_batches(even=True) // num_parts
         losses: list[torch.Tensor] = []
-        batches = feed.batches(seed=self._config.seed, epoch=epoch, shuffle=True, drop_last=True)
+        batches = feed.batches(seed=self._config.seed, epoch=epoch, shuffle=True, even=True)
         # Micro-batches that do not fill a step are left out, like the last short batch.
         for number, batch in zip(range(steps * num_parts), batches, strict=False):
             step, part = divmod(number, num_parts)
