@@ -1,10 +1,22 @@
 """The commands that use a trained model: evaluate, predict, export."""
 
 import json
+from typing import Any
 
 import click
 
 from nf_pipeline.cli.options import debug_option, factory_option, json_option, run_argument
+
+image_column_option = click.option(
+    "--image-column", metavar="NAME", help="Parquet column with the image.  [default: found by its type]"
+)
+bad_image_option = click.option(
+    "--on-bad-image",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="End with an error, or leave out images that cannot be decoded.",
+)
 
 
 @click.command(
@@ -17,25 +29,21 @@ from nf_pipeline.cli.options import debug_option, factory_option, json_option, r
 @click.option(
     "--image-size", type=click.IntRange(1, 4096), metavar="PX", help="Resize every image to PX by PX pixels."
 )
+@image_column_option
 @click.option(
-    "--on-bad-image",
-    type=click.Choice(["error", "skip"]),
-    default="error",
-    show_default=True,
-    help="End with an error, or leave out images that cannot be decoded.",
+    "--label-column", metavar="NAME", help="Parquet column with the label.  [default: label, labels, target or class]"
 )
+@bad_image_option
 @factory_option
 @json_option
 @debug_option
-def evaluate_command(
-    uri: str, data: str, image_size: int | None, on_bad_image: str, model: str | None, as_json: bool
-) -> None:
+def evaluate_command(uri: str, data: str, model: str | None, as_json: bool, **settings: Any) -> None:
     """Print the accuracy of every exit of a finished run on labelled images."""
     from nf_pipeline.cli.tables import evaluation_text
     from nf_pipeline.config import DataConfig
     from nf_pipeline.driver.use import evaluate
 
-    rows = evaluate(uri, DataConfig(source=data, image_size=image_size, on_bad_image=on_bad_image), model)
+    rows = evaluate(uri, DataConfig(source=data, **settings), model)
     print(json.dumps(rows) if as_json else evaluation_text(rows))
 
 
@@ -55,19 +63,24 @@ def evaluate_command(
     metavar="N",
     help="Images per step; any number gives the same predictions.",
 )
+@image_column_option
+@bad_image_option
 @factory_option
 @json_option
 @debug_option
-def predict_command(uri: str, images: str, output: str, batch_size: int, model: str | None, as_json: bool) -> None:
+def predict_command(
+    uri: str, images: str, output: str, batch_size: int, model: str | None, as_json: bool, **settings: Any
+) -> None:
     """Predict labels for images with the final model of a run.
 
     INPUT is Parquet or images, a file or a folder. The output has one row per image: id, predicted label,
-    probability, exit used.
+    probability, layer of the exit.
     """
+    from nf_pipeline.cli.tables import prediction_text
     from nf_pipeline.driver.use import predict
 
-    written = predict(uri, images, output, batch_size, model)
-    print(json.dumps(written) if as_json else f"{written['rows']:,} predictions in {output}")
+    written = predict(uri, images, output, batch_size, model, **settings)
+    print(json.dumps(written) if as_json else prediction_text(written))
 
 
 @click.command(

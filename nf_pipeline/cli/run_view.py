@@ -117,7 +117,7 @@ class RunView:
         state = self._stages[stage]
         if state.is_training:
             return self._training_fields(stage, state)
-        parts = [f"{state.phase} {state.done:,}/{state.total:,}" if state.total else f"{state.phase} {state.done:,}"]
+        parts = [_phase_text(state)]
         if state.images_per_s is not None:
             parts.append(f"img/s {state.images_per_s:,.0f}")
         return parts
@@ -135,7 +135,8 @@ class RunView:
     def _training_fields(self, stage: str, state: _StageState) -> list[str]:
         budget = self._plan.budget_bytes if self._plan else None
         return [
-            f"epoch {state.epoch}/{state.num_epochs}",
+            f"epoch {state.epoch}/{state.num_epochs}"
+            + (f" {_phase_text(state)}" if state.phase == "validate" else ""),
             f"loss {_or_dash(state.loss, '.3f')}",
             f"val {_or_dash(state.val_accuracy, '.1%').replace('%', ' %')}",
             f"img/s {_or_dash(state.images_per_s, ',.0f')}",
@@ -183,7 +184,8 @@ def format_peak(peak_bytes: int | None, budget_bytes: int | None) -> str:
 
 def _take_progress(state: _StageState, event: Progress) -> None:
     state.phase, state.done, state.total = event.phase, event.done, event.total
-    state.images_per_s = event.images_per_s if event.images_per_s is not None else state.images_per_s
+    if event.images_per_s is not None and not (event.phase == "validate" and state.is_training):
+        state.images_per_s = event.images_per_s  # a block shows the speed of its training
     state.peak_bytes = event.peak_bytes if event.peak_bytes is not None else state.peak_bytes
     state.loss = event.loss if event.loss is not None else state.loss
     if not event.num_epochs:
@@ -191,6 +193,10 @@ def _take_progress(state: _StageState, event: Progress) -> None:
     state.epoch, state.num_epochs = event.epoch, event.num_epochs
     if event.phase == "train" and event.total:
         state.trained = (event.epoch - 1 + event.done / event.total) / event.num_epochs
+
+
+def _phase_text(state: _StageState) -> str:
+    return f"{state.phase} {state.done:,}/{state.total:,}" if state.total else f"{state.phase} {state.done:,}"
 
 
 def _take_epoch(state: _StageState, event: EpochDone) -> None:

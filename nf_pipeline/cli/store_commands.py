@@ -59,7 +59,8 @@ def doctor_command(context: click.Context, store: str, start_ray: bool, as_json:
 def gc_command(uri: str, dry_run: bool) -> None:
     """Delete what failed or finished attempts left behind and no manifest names.
 
-    Everything of a stage that is not finished stays, so that it can be resumed.
+    Everything of a stage that is not finished stays, so that it can be resumed; half-written files go once the
+    run is done.
     """
     from nf_pipeline.cli.tables import garbage_text
     from nf_pipeline.driver.gc import collect_garbage

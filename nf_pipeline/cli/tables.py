@@ -1,7 +1,9 @@
 """Tables as aligned text: they look the same on a terminal, in a log and pasted into an issue.
 
 Takes plain documents (a plan, summary.json, a status) and returns text; decides nothing and prints nothing.
-Entry: `plan_text`, `summary_text`, `status_text`, `evaluation_text`, `checks_text`, `garbage_text`.
+A column "exit" is the position in summary.json's exits, counted from 0; the layer's name stands beside it.
+Entry: `plan_text`, `summary_text`, `status_text`, `evaluation_text`, `prediction_text`, `checks_text`,
+`garbage_text`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,7 +75,9 @@ def summary_text(summary: Mapping[str, Any], run_uri: str) -> str:
         ["", "exit", "layer", "val accuracy", "interval", "parameters", "of full model", "GFLOPs"],
         [_exit_row(exit_idx, summary) for exit_idx in range(len(summary["exits"]))],
     )
-    lines = [blocks, "", exits, "", f"chosen: exit {summary['chosen_exit']}, {summary['chosen_reason']}"]
+    chosen = summary["chosen_exit"]
+    layer = summary["exits"][chosen]["layer"]
+    lines = [blocks, "", exits, "", f"chosen: exit {chosen} ({layer}), {summary['chosen_reason']}"]
     lines.append(_accuracy_line(summary))
     lines.append(f"next: nf-pipeline predict {run_uri} INPUT --output predictions.parquet")
     return "\n".join(lines)
@@ -102,7 +106,7 @@ def evaluation_text(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         [
             "*" if row["chosen"] else "",
-            str(row["layer_idx"]),
+            str(row["exit"]),
             row["layer"],
             _percent(row["accuracy"]),
             f"{row['num_images']:,}",
@@ -110,6 +114,13 @@ def evaluation_text(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     return align(["", "exit", "layer", "accuracy", "images"], cells)
+
+
+def prediction_text(written: Mapping[str, Any]) -> str:
+    """Says how many images were predicted and where, and how many were left out, if any."""
+    text = f"{written['rows']:,} predictions in {written['output']}"
+    skipped = written["num_skipped"]
+    return f"{text}, {skipped:,} images skipped that cannot be decoded" if skipped else text
 
 
 def checks_text(checks: Sequence[Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -88,20 +88,34 @@ def train_command(*, as_json: bool, quiet: bool, **given: Any) -> None:
 @run_argument
 @click.option("--executor", type=click.Choice(["ray", "inline"]), help="Run it elsewhere than the run did.")
 @click.option("--address", metavar="A", help="Ray cluster to join, such as auto or ray-head:6379.")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="cluster.FIELD=VALUE",
+    help="Change any setting of where it runs, such as cluster.placement_timeout_s=300; may be repeated.",
+)
 @factory_option
 @json_option
 @quiet_option
 @debug_option
 def resume_command(
-    uri: str, executor: str | None, address: str | None, model: str | None, as_json: bool, quiet: bool
+    uri: str,
+    executor: str | None,
+    address: str | None,
+    assignments: tuple[str, ...],
+    model: str | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Continue a run that was stopped, with the configuration stored in it.
 
-    Finished stages are verified and skipped; a half-trained block continues from its last epoch.
+    Finished stages are verified and skipped; a half-trained block continues from its last epoch. Only where it
+    runs can be changed: --executor, --address, --set cluster.FIELD=VALUE.
     """
+    cluster = _cluster_changes(assignments, {"cluster.executor": executor, "cluster.address": address})
     from nf_pipeline.driver.run import resume
 
-    cluster = _cluster(executor, address)
     with _displayed(uri, quiet=quiet) as progress:
         summary = resume(uri, on_event=progress, cluster=cluster, model=model)
     _print_summary(summary, uri, as_json=as_json)
@@ -125,12 +139,20 @@ def _displayed(run_uri: str, *, quiet: bool) -> Iterator[Callable[[Event], None]
         display.close()
 
 
-def _cluster(executor: str | None, address: str | None) -> Any:
-    from nf_pipeline.config import ClusterConfig
+def _cluster_changes(assignments: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    from nf_pipeline.config import resolve_config
+    from nf_pipeline.errors import ConfigError
 
-    given = {"executor": executor, "address": address}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return ClusterConfig(**chosen) if chosen else None
+    for assignment in assignments:
+        field = assignment.partition("=")[0].strip()
+        if not field.startswith("cluster."):
+            raise ConfigError(
+                f"--set {assignment}: the settings of a run that has begun cannot change, only cluster.*",
+                "start another run with train and another --run NAME",
+            )
+    # Nothing else of this configuration is used: a budget has to be in it, whichever.
+    config = resolve_config(assignments=assignments, flags={"memory.budget_bytes": 1, **flags})
+    return config.cluster.model_dump(exclude_unset=True)
 
 
 def _print_summary(summary: dict[str, Any], run_uri: str, *, as_json: bool) -> None:

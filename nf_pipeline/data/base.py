@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -26,8 +27,8 @@ class Unusable:
     reason: str
 
 
-StoredImage = bytes | np.ndarray | Unusable
-"""An encoded file, or decoded uint8 pixels of shape [H, W] or [H, W, C] with C of 1, 3 or 4."""
+StoredImage = bytes | np.ndarray | Image.Image | Unusable
+"""An encoded file, uint8 pixels of shape [H, W] or [H, W, C] with C of 1, 3 or 4, or what Pillow opened."""
 
 ImageCell = StoredImage | Callable[[], StoredImage]
 """A callable is fetched by the thread that decodes it, so that slow disks are read in parallel."""

@@ -19,6 +19,8 @@ IMAGE_NAMES = ("image", "images", "img", "tensor")
 
 _CHANNELS = (1, 3, 4)
 _SHOWN_COLUMNS = 20
+_FIX_IMAGE = "name the image column: --set data.image_column=NAME, or --image-column NAME where the command has it"
+_FIX_LABEL = "name the label column: --set data.label_column=NAME, or --label-column NAME where the command has it"
 
 Cells = Callable[[pa.Array], Iterator[StoredImage]]
 
@@ -35,12 +37,12 @@ def find_image_column(schema: pa.Schema, given: str | None, file: str) -> str:
         DataError: missing, not an image, none found, or several that could be meant.
     """
     if given is not None:
-        _require(schema, given, file, "data.image_column")
+        _require(schema, given, file, _FIX_IMAGE)
         if image_rank(schema.field(given)) is None:
             raise DataError(
                 f"{file}, column {given!r}: type {schema.field(given).type} holds no images, want "
                 "struct<bytes, path>, binary or a uint8 tensor",
-                "--set data.image_column=NAME with another column",
+                _FIX_IMAGE,
             )
         return given
     ranks = {field.name: image_rank(field) for field in schema}
@@ -52,7 +54,7 @@ def find_image_column(schema: pa.Schema, given: str | None, file: str) -> str:
         problem = f"columns {best} could all be the image" if best else "no column holds images"
         raise DataError(
             f"{file}: {problem}; it has {_columns(schema)}",
-            "--set data.image_column=NAME of the image column",
+            _FIX_IMAGE,
         )
     return best[0]
 
@@ -68,15 +70,15 @@ def find_label_column(schema: pa.Schema, given: str | None, file: str) -> str:
     if name is None:
         raise DataError(
             f"{file}: no label column, want one of {', '.join(LABEL_NAMES)}; it has {_columns(schema)}",
-            "--set data.label_column=NAME of the label column",
+            _FIX_LABEL,
         )
-    _require(schema, name, file, "data.label_column")
+    _require(schema, name, file, _FIX_LABEL)
     kind = schema.field(name).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_integer(value) or is_text(value)):
         raise DataError(
             f"{file}, column {name!r}: type {kind}, want whole numbers or text",
-            "--set data.label_column=NAME with another column, or convert it",
+            f"convert it, or {_FIX_LABEL}",
         )
     return name
 
@@ -212,11 +214,11 @@ def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def _require(schema: pa.Schema, name: str, file: str, setting: str) -> None:
+def _require(schema: pa.Schema, name: str, file: str, fix: str) -> None:
     if name not in schema.names:
         raise DataError(
             f"{file}: missing column {name!r}; it has {_columns(schema)}",
-            f"--set {setting}=NAME of a column there is",
+            fix,
         )
 
 

@@ -75,17 +75,17 @@ def decode_image(cell: ImageCell, image_size: int | None = None) -> np.ndarray:
     Palettes become RGB, transparency is dropped, 16-bit grey keeps its upper 8 bits. The first frame counts.
 
     Args:
-        cell: encoded bytes, pixels, or a callable that fetches them.
+        cell: encoded bytes, pixels, Pillow's image, or a callable that fetches one of these.
         image_size: height and width to resize to (bilinear, antialiased, aspect ratio not kept); None keeps
             the image's own.
 
     Raises:
         Undecodable: damaged, of an unknown format or mode, or more than `MAX_PIXELS`.
     """
-    stored = cell() if callable(cell) else cell
-    if isinstance(stored, Unusable):
-        raise Undecodable(stored.reason)
     try:
+        stored = cell() if callable(cell) else cell
+        if isinstance(stored, Unusable):
+            raise Undecodable(stored.reason)
         if isinstance(stored, np.ndarray) and image_size is None:
             return _planes(stored)
         with _open(stored) as image:
@@ -178,7 +178,9 @@ def _decode_batch(
     return DecodedBatch(rows=np.array(rows, np.int64), images=images_NCHW[: len(rows)], bad=tuple(bad))
 
 
-def _open(stored: bytes | np.ndarray) -> Image.Image:
+def _open(stored: bytes | np.ndarray | Image.Image) -> Image.Image:
+    if isinstance(stored, Image.Image):
+        return stored
     if isinstance(stored, np.ndarray):
         pixels = stored[:, :, 0] if stored.ndim == 3 and stored.shape[2] == 1 else stored
         return Image.fromarray(np.ascontiguousarray(pixels))
@@ -227,5 +229,5 @@ def _mismatch(where: str, got: tuple[int, ...], want: tuple[int, int, int]) -> D
     return DataError(
         f"{where}: the image has {got[1]} rows of {got[2]} pixels, the first one {want[1]} of {want[2]} "
         f"(got {got}, want {want})",
-        f"--image-size {want[1]}",
+        f"--image-size {want[1]}" if want[1] == want[2] else f"scale the images to {want[2]} by {want[1]} pixels",
     )

@@ -18,7 +18,7 @@ from nf_pipeline.data.decode import decode_stream
 from nf_pipeline.data.files import is_parquet_name
 from nf_pipeline.data.image_folder import list_images, read_inside
 from nf_pipeline.data.skipped import SkippedImages
-from nf_pipeline.data.sources import DIGITS, has_parquet, local_path, open_source
+from nf_pipeline.data.sources import DIGITS, has_parquet, local_path, open_source, source_readable
 from nf_pipeline.errors import DataError
 
 Shape = tuple[int, int, int]
@@ -57,7 +57,8 @@ def open_images(
         DataError: nothing there, an undecodable image, or one of another shape; names it.
     """
     skipped = skipped or SkippedImages(cfg.on_bad_image)
-    files = _plain_images(cfg.source)
+    with source_readable(cfg.source):
+        files = _plain_images(cfg.source)
     if files is not None:
         yield from _file_images(*files, cfg, image_shape, skipped)
         return

@@ -2,7 +2,8 @@
 
 Labels are read and checked first, then splits are cut, then every wanted image is read, decoded and written
 once, in an order that the seed decides. Memory does not grow with the data set (8 bytes of label for each row
-aside). Knows nothing of models. Entry: `ingest`; `ingest_fingerprint` tells whether it must run again.
+aside). A committed ingest is a snapshot: nothing here asks whether the data has changed since.
+Knows nothing of models. Entry: `ingest`; `ingest_fingerprint` records what it was made from.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""From the configuration's `data.source` to an open source. Entry: `open_source`.
+"""From the configuration's `data.source` to an open source. Entry: `open_source`; for records `absolute_source`.
 
 `digits` is the 8x8 grey images of the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin
 and C. Kaynak, UCI Machine Learning Repository 1998, https://doi.org/10.24432/C50P49, CC BY 4.0). The packaged
@@ -9,6 +9,9 @@ file was made once with scikit-learn:
     one row for each: image {bytes: PNG of the pixels, path: null}, label: int64; zstd, row groups of 600
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +24,8 @@ from nf_pipeline.errors import DataError
 
 DIGITS = "digits"
 _TORCHVISION = "torchvision:"
+_DEFAULT_ROOT = "./data"  # of torchvision's data sets
+_FILE = "file://"
 
 
 def open_source(cfg: DataConfig) -> Source:
@@ -43,24 +48,32 @@ def open_source(cfg: DataConfig) -> Source:
         return _torchvision(*source.removeprefix(_TORCHVISION).split(":", 1))
     if source.startswith("s3://"):
         return _parquet(source.rstrip("/").rsplit("/", 1)[-1], source, cfg)
-    return _open_local(source, cfg)
+    with source_readable(source):
+        return _open_local(source, cfg)
 
 
 def absolute_source(source: str) -> str:
-    """Returns a source that means the same from any working directory; names and other URIs stay as they are.
+    """Names the same data whatever folder a program is started in.
 
-    A bare word is a path only if there is such a file or folder: it may also name a torchvision data set.
+    Loads torch only for a bare name that is no file or folder here: it may be one of torchvision.datasets.
+
+    Args:
+        source: as `open_source` takes it.
+
+    Returns:
+        `digits` and URIs of object storage as they are, torchvision:NAME:ROOT with an absolute root, and the
+        absolute path of anything else, without file://. The same text if given again.
     """
-    if source == DIGITS or source.startswith("s3://"):
+    if source == DIGITS:
         return source
     if source.startswith(_TORCHVISION):
-        name, colon, root = source.removeprefix(_TORCHVISION).partition(":")
-        return f"{_TORCHVISION}{name}:{Path(root).expanduser().absolute()}" if colon else source
-    scheme, separator, _ = source.partition("://")
-    if separator and scheme != "file":
+        return _absolute_torchvision(*source.removeprefix(_TORCHVISION).split(":", 1))
+    if "://" in source and not source.startswith(_FILE):
         return source
-    path = local_path(source)
-    return str(path.absolute()) if path.exists() or not source.isidentifier() else source
+    path = _expanded(source)
+    if not os.path.exists(path) and _is_torchvision_name(source):
+        return _absolute_torchvision(source)
+    return os.path.abspath(path)
 
 
 def local_path(source: str) -> Path:
@@ -69,12 +82,28 @@ def local_path(source: str) -> Path:
     Raises:
         DataError: it is a URI of another kind.
     """
-    scheme, separator, rest = source.partition("://")
+    scheme, separator, _ = source.partition("://")
     if separator and scheme != "file":
         raise DataError(
             f"data source {printable(source)}: unknown scheme {scheme!r}", "a folder or s3://bucket/prefix"
         )
-    return Path(rest if separator else source).expanduser()
+    return Path(_expanded(source))
+
+
+@contextmanager
+def source_readable(source: str) -> Iterator[None]:
+    """Turns what listing local files can raise into an error that names the source.
+
+    Raises:
+        DataError: a folder or file cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise DataError(
+            f"data source {printable(source)}: cannot be read: {reason}", "give data that can be read"
+        ) from error
 
 
 def has_parquet(folder: Path) -> bool:
@@ -92,11 +121,8 @@ def _open_local(source: str, cfg: DataConfig) -> Source:
 
 
 def _by_name(source: str) -> Source:
-    if source.isidentifier():
-        from nf_pipeline.data.torchvision_sets import is_torchvision_name  # loads torch
-
-        if is_torchvision_name(source):
-            return _torchvision(source)
+    if _is_torchvision_name(source):
+        return _torchvision(source)
     raise DataError(
         f"data source {printable(source)}: no such folder, file or torchvision data set",
         "--data DIR with Parquet files or class folders, --data s3://bucket/prefix, or --data digits",
@@ -107,7 +133,23 @@ def _parquet(name: str, uri: str, cfg: DataConfig) -> ParquetSource:
     return ParquetSource(name, list_parquet_files(uri), image_column=cfg.image_column, label_column=cfg.label_column)
 
 
-def _torchvision(*name_and_root: str) -> Source:
+def _expanded(source: str) -> str:
+    return os.path.expanduser(source.removeprefix(_FILE))
+
+
+def _is_torchvision_name(source: str) -> bool:
+    if not source.isidentifier():
+        return False
+    from nf_pipeline.data.torchvision_sets import is_torchvision_name  # loads torch
+
+    return is_torchvision_name(source)
+
+
+def _absolute_torchvision(name: str, root: str = _DEFAULT_ROOT) -> str:
+    return f"{_TORCHVISION}{name}:{os.path.abspath(os.path.expanduser(root))}"
+
+
+def _torchvision(name: str, root: str = _DEFAULT_ROOT) -> Source:
     from nf_pipeline.data.torchvision_sets import TorchvisionSource  # loads torch
 
-    return TorchvisionSource(*name_and_root)
+    return TorchvisionSource(name, os.path.expanduser(root))

@@ -1,22 +1,23 @@
 """Data sets of torchvision.datasets as a source, from a folder where they are already; nothing is downloaded.
 
-Only data sets whose labels can be read without decoding images are offered. Entry: `TorchvisionSource`.
+Only data sets whose labels can be read without decoding images are offered. Images are fetched by the threads
+that decode them. Entry: `TorchvisionSource`.
 """
 
 import difflib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from nf_pipeline.data.base import Column, RawImage, Split, StoredImage
+from nf_pipeline.data.base import SPLITS, Column, RawImage, Split, Unusable
+from nf_pipeline.data.files import first_line
 from nf_pipeline.errors import ConfigError, DataError
 
-DEFAULT_ROOT = "./data"
-
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
-_SPLIT_WORDS: dict[Split, str] = {"train": "train", "val": "val", "test": "test"}
 
 
 class TorchvisionSource:
@@ -31,7 +32,7 @@ class TorchvisionSource:
         DataError: it is not in `root`, or its labels cannot be read.
     """
 
-    def __init__(self, dataset: str, root: str = DEFAULT_ROOT) -> None:
+    def __init__(self, dataset: str, root: str) -> None:
         self.name = dataset
         factory = _find(dataset)
         self._sets = _open_splits(factory, dataset, root)
@@ -63,7 +64,7 @@ class TorchvisionSource:
         if seed is not None:
             rows = np.random.default_rng([seed, 1]).permutation(rows)
         for row in rows.tolist():
-            yield RawImage(row, _pixels(self._sets[split], row))
+            yield RawImage(row, partial(_fetch, self._sets[split], row))
 
     def where(self, split: Split, row: int, column: Column) -> str:
         """Names a row of a split."""
@@ -100,32 +101,55 @@ def _find(name: str) -> Any:
 
 def _open_splits(factory: Any, name: str, root: str) -> dict[Split, Any]:
     accepted = inspect.signature(factory).parameters
+    _refuse_own_settings(accepted, name)
     given: dict[str, Any] = {"root": root}
     if "download" in accepted:
         given["download"] = False
     if "train" in accepted:
         choices: dict[Split, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
     elif "split" in accepted:
-        choices = {split: {"split": word} for split, word in _SPLIT_WORDS.items()}
+        choices = {split: {"split": split} for split in SPLITS}
     else:
         choices = {"train": {}}
     return {
         split: opened
         for split, choice in choices.items()
-        if (opened := _open(factory, name, root, given | choice, optional=split == "val")) is not None
+        if (opened := _open(factory, name, given | choice, optional=split != "train")) is not None
     }
 
 
-def _open(factory: Any, name: str, root: str, given: dict[str, Any], *, optional: bool) -> Any:
+def _refuse_own_settings(accepted: Mapping[str, inspect.Parameter], name: str) -> None:
+    # EMNIST, for one, is six data sets, told apart by a `split` without a default.
+    needed = [
+        parameter.name
+        for parameter in accepted.values()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and parameter.name != "root"
+    ]
+    if needed:
+        raise DataError(
+            f"torchvision {name}: it cannot be opened without a choice of its own ({', '.join(needed)}), which "
+            "has no setting here",
+            "convert the part that you want to Parquet or an image folder",
+        )
+
+
+def _open(factory: Any, name: str, given: dict[str, Any], *, optional: bool) -> Any:
     try:
         return factory(**given)
-    except ValueError:
+    except ValueError as error:
         if optional:  # this data set has no such split
             return None
-        raise DataError(f"torchvision {name}: it takes no {given}", "convert it to Parquet or a folder") from None
-    except (RuntimeError, OSError, TypeError, ImportError) as error:
         raise DataError(
-            f"torchvision {name} is not in {root}: {str(error).splitlines()[0] if str(error) else error!r}",
+            f"torchvision {name} cannot be opened with {given}: {first_line(error)}",
+            "convert it to Parquet or an image folder",
+        ) from error
+    except ImportError as error:
+        raise DataError(f"torchvision {name} cannot be opened: {first_line(error)}", "install it") from error
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"torchvision {name} is not in {given['root']}: {first_line(error)}",
             f"--data torchvision:{name}:ROOT with the folder it was downloaded to",
         ) from error
 
@@ -141,6 +165,6 @@ def _labels_of(opened: Any, name: str) -> np.ndarray:
     )
 
 
-def _pixels(opened: Any, row: int) -> StoredImage:
-    pixels = np.asarray(opened[row][0])
-    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint8)
+def _fetch(opened: Any, row: int) -> Image.Image | Unusable:
+    image = opened[row][0]
+    return image if isinstance(image, Image.Image) else Unusable(f"it is no image but a {type(image).__name__}")

@@ -3,10 +3,13 @@
 Works in this process and streams the data; the run is only read. Entries: `evaluate`, `predict`, `export`.
 """
 
+import contextlib
+import errno
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +20,7 @@ import torch
 from nf_pipeline.config import DataConfig
 from nf_pipeline.core.exit_model import ExitModel, Normalise
 from nf_pipeline.data.images import open_images, open_labelled
+from nf_pipeline.data.skipped import SkippedImages
 from nf_pipeline.driver.run_record import load_plan, load_run
 from nf_pipeline.errors import ConfigError, DataError, StorageError
 from nf_pipeline.model_files import load_model
@@ -48,7 +52,8 @@ def evaluate(uri: str, data: DataConfig, model: str | None = None) -> list[dict[
         model: see `load_model`.
 
     Returns:
-        One entry per exit: layer_idx, layer, accuracy in [0, 1], num_images, chosen.
+        One entry per exit: exit (its position in the summary's exits), layer_idx, layer, accuracy in [0, 1],
+        num_images, chosen.
 
     Raises:
         ObjectMissing: the run is not finished.
@@ -73,6 +78,7 @@ def evaluate(uri: str, data: DataConfig, model: str | None = None) -> list[dict[
         raise DataError(f"{data.source}: no images to evaluate", "give a labelled data set with images")
     return [
         {
+            "exit": position,
             "layer_idx": exit["layer_idx"],
             "layer": exit["layer"],
             "accuracy": int(count) / num_images,
@@ -83,7 +89,16 @@ def evaluate(uri: str, data: DataConfig, model: str | None = None) -> list[dict[
     ]
 
 
-def predict(uri: str, images: str, output: str, batch_size: int = 256, model: str | None = None) -> dict[str, Any]:
+def predict(
+    uri: str,
+    images: str,
+    output: str,
+    batch_size: int = 256,
+    model: str | None = None,
+    *,
+    image_column: str | None = None,
+    on_bad_image: Literal["error", "skip"] = "error",
+) -> dict[str, Any]:
     """Runs the final model over every image of an input and writes one row per image to a Parquet file.
 
     Args:
@@ -92,32 +107,29 @@ def predict(uri: str, images: str, output: str, batch_size: int = 256, model: st
         output: local file; replaced only when all predictions are in.
         batch_size: images per step.
         model: see `load_model`.
+        image_column: of Parquet; found by its type when not given.
+        on_bad_image: "skip" leaves out images that cannot be decoded.
 
     Returns:
-        rows, output and exit.
+        rows, num_skipped, output and exit_layer.
 
     Raises:
         DataError: an image cannot be decoded or has another size.
         StorageError: the output cannot be written.
     """
     loaded = load_model(uri, model=model)
-    target = Path(output)
-    partial = target.with_name(f".{target.name}.part")
-    rows = 0
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(partial, PREDICTION_SCHEMA) as writer:
-            for ids, pixels_NCHW in _batches(images, loaded, batch_size):
-                writer.write_table(_predictions(loaded, ids, pixels_NCHW))
-                rows += len(ids)
-        partial.replace(target)
-    except OSError as error:
-        raise StorageError(
-            f"predictions cannot be written: {error.strerror}", output, "give a writable --output"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
-    return {"rows": rows, "output": output, "exit": loaded.card.exit_layer}
+    config = _input_config(images, loaded.card.image_shape, image_column)
+    skipped, rows = SkippedImages(on_bad_image), 0
+    with _prediction_file(output) as write:
+        for ids, pixels_NCHW in _batches(config, loaded.card.image_shape, skipped, batch_size):
+            write(_predictions(loaded, ids, pixels_NCHW))
+            rows += len(ids)
+    return {
+        "rows": rows,
+        "num_skipped": skipped.num_images,
+        "output": output,
+        "exit_layer": loaded.card.exit_layer,
+    }
 
 
 def export(uri: str, format_name: str, output: str, model: str | None = None) -> str:
@@ -134,28 +146,37 @@ def export(uri: str, format_name: str, output: str, model: str | None = None) ->
         The path written.
 
     Raises:
-        ConfigError: unknown format.
+        ConfigError: unknown format, or a name for the weights that their description takes.
         StorageError: the file cannot be written.
     """
-    writers = {"safetensors": _write_safetensors, "torch-export": _write_program}
-    if format_name not in writers:
-        raise ConfigError(f"export format {format_name!r} is unknown", f"--format {' or '.join(writers)}")
-    loaded, target = load_model(uri, model=model), Path(output)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        writers[format_name](loaded, target)
-    except OSError as error:
-        raise StorageError(
-            f"the model cannot be written: {error.strerror}", output, "give a writable --output"
-        ) from None
+    makers = {"safetensors": _safetensors_files, "torch-export": _program_files}
+    if format_name not in makers:
+        raise ConfigError(f"export format {format_name!r} is unknown", f"--format {' or '.join(makers)}")
+    target = Path(output)
+    if format_name == "safetensors" and target.suffix.lower() == ".json":
+        raise ConfigError(
+            f"--output {output}: the name with .json is for the description beside the weights",
+            f"--output {target.with_suffix('.safetensors')}",
+        )
+    with _write_errors("the model", output):
+        _prepare_target(target)
+    files = makers[format_name](load_model(uri, model=model), target)
+    with _write_errors("the model", output):
+        for path, data in files.items():
+            path.write_bytes(data)
     return str(target)
 
 
-def _batches(images: str, model: ExitModel, batch_size: int) -> Iterator[tuple[list[str], np.ndarray]]:
+def _input_config(images: str, shape: tuple[int, int, int], image_column: str | None) -> DataConfig:
+    square = shape[1] == shape[2]
+    return DataConfig(source=images, image_size=shape[1] if square else None, image_column=image_column)
+
+
+def _batches(
+    config: DataConfig, shape: tuple[int, int, int], skipped: SkippedImages, batch_size: int
+) -> Iterator[tuple[list[str], np.ndarray]]:
     ids, pixels = [], []
-    shape = model.card.image_shape
-    config = DataConfig(source=images, image_size=shape[1] if shape[1] == shape[2] else None)
-    for image_id, pixels_CHW in open_images(config, shape):
+    for image_id, pixels_CHW in open_images(config, shape, skipped):
         ids.append(image_id)
         pixels.append(pixels_CHW)
         if len(ids) == batch_size:
@@ -163,6 +184,48 @@ def _batches(images: str, model: ExitModel, batch_size: int) -> Iterator[tuple[l
             ids, pixels = [], []
     if ids:
         yield ids, np.stack(pixels)
+
+
+@contextlib.contextmanager
+def _prediction_file(output: str) -> Iterator[Callable[[pa.Table], None]]:
+    """Yields a function that appends rows; the file appears under its name when the block ends well."""
+    target = Path(output)
+    with _write_errors("predictions", output):
+        _prepare_target(target)
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        with _write_errors("predictions", output):
+            writer = pq.ParquetWriter(partial, PREDICTION_SCHEMA)
+
+        def write(rows: pa.Table) -> None:
+            with _write_errors("predictions", output):
+                writer.write_table(rows)
+
+        yield write
+        with _write_errors("predictions", output):
+            writer.close()
+            partial.replace(target)
+    finally:
+        with contextlib.suppress(OSError):  # whatever ended the block says more than what follows from it
+            partial.unlink(missing_ok=True)
+
+
+def _prepare_target(target: Path) -> None:
+    # mkdir, for one, says "File exists" of a file in a folder's place.
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if any(parent.exists() and not parent.is_dir() for parent in target.parents):
+        raise NotADirectoryError(errno.ENOTDIR, "a part of its path is a file, not a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _write_errors(what: str, output: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise StorageError(f"{what} cannot be written: {reason}", output, "give a writable --output") from error
 
 
 @torch.no_grad()
@@ -183,15 +246,17 @@ def _predictions(model: ExitModel, ids: list[str], pixels_NCHW: np.ndarray) -> p
     )
 
 
-def _write_safetensors(model: ExitModel, target: Path) -> None:
+def _safetensors_files(model: ExitModel, target: Path) -> dict[Path, bytes]:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    target.write_bytes(safetensors.torch.save(tensors))
-    target.with_suffix(".json").write_text(json.dumps(model.card.to_json(), indent=2))
+    description = json.dumps(model.card.to_json(), indent=2)
+    return {target: safetensors.torch.save(tensors), target.with_suffix(".json"): description.encode()}
 
 
-def _write_program(model: ExitModel, target: Path) -> None:
+def _program_files(model: ExitModel, target: Path) -> dict[Path, bytes]:
     # Two images: with one, the exporter would take the batch for a constant.
     pixels_NCHW = torch.zeros(2, *model.card.image_shape, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(model, (pixels_NCHW,), dynamic_shapes={"pixels_NCHW": {0: batch}})
-    torch.export.save(program, target)
+    data = io.BytesIO()
+    torch.export.save(program, data)
+    return {target: data.getvalue()}

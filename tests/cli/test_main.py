@@ -68,6 +68,9 @@ def test_module_can_be_run_with_dash_m() -> None:
         (("trian",), "No such command"),
         (("status", "s3://bucket"), "STORE/NAME"),
         (("resume",), "STORE/NAME"),
+        (("resume", "r", "--set", "train.epochs=3"), "another --run NAME"),
+        (("resume", "r", "--set", "cluster.num_thread=3"), "did you mean cluster.num_threads"),
+        (("resume", "r", "--set", "cluster.num_threads=0"), "cluster.num_threads: got 0"),
     ],
 )
 def test_bad_usage_and_configuration_end_with_2_and_a_text_on_stderr(arguments: tuple[str, ...], text: str) -> None:

@@ -88,6 +88,16 @@ def test_plain_progress_of_a_long_epoch_gives_a_line_per_interval() -> None:
     assert [line.split()[3] for line in lines] == ["0/100", "30/100", "60/100", "90/100"]
 
 
+@pytest.mark.parametrize(("stage", "phase"), [("block-000", "validate"), ("plan", "profile")])
+def test_plain_progress_has_no_line_for_each_event_of_a_short_phase(stage: str, phase: str) -> None:
+    stream = io.StringIO()
+    display = PlainProgress(stream)
+    display(StageStarted(stage=stage, time_s=1000.0, attempt="ab", worker="host:1"))
+    for second in range(29):
+        display(Progress(stage=stage, time_s=1000.0 + second, phase=phase, done=second, total=29))
+    assert len(stream.getvalue().splitlines()) == 1
+
+
 def test_warnings_only_shows_warnings_and_failures() -> None:
     stream = io.StringIO()
     show(WarningsOnly(stream), run_of_one_block())
@@ -118,6 +128,23 @@ def test_rich_progress_draws_a_bar_with_all_fields_and_keeps_messages() -> None:
     assert re.search(r"block 1 ━+ epoch 1/1 \| loss 0\.500 \| val 75\.0 % \| img/s 100 \| peak 1\.0 MiB", text)
     assert "block 1 | warning: batch 32 -> 24" in text
     assert stream.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is visible again
+
+
+@pytest.mark.usefixtures("wide_terminal")
+@pytest.mark.parametrize(
+    ("event", "shown"),
+    [
+        (Progress(stage="plan", time_s=1.0, phase="profile", done=3, total=12), r"plan \S+ profile 3/12"),
+        (
+            Progress(stage="block-000", time_s=1.0, phase="validate", done=1, total=9, epoch=2, num_epochs=3),
+            r"block 1 \S+ epoch 2/3 validate 1/9 \|",
+        ),
+    ],
+)
+def test_rich_progress_shows_the_phase(event: Event, shown: str) -> None:
+    stream = Terminal()
+    show(RichProgress(stream), [event])
+    assert re.search(shown, shown_text(stream))
 
 
 @pytest.mark.usefixtures("wide_terminal")

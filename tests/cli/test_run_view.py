@@ -95,6 +95,26 @@ def test_line_before_anything_is_measured_has_dashes_in_place() -> None:
     assert view.line("block-000") == "block 1 | epoch 1/3 | loss - | val - | img/s - | peak - | ETA -"
 
 
+def test_validation_shows_its_phase_and_keeps_the_speed_of_training() -> None:
+    common = {"stage": "block-000", "epoch": 1, "num_epochs": 2}
+    trained = Progress(**common, time_s=5.0, phase="train", done=100, total=100, images_per_s=50.0, loss=1.5)
+    validated = Progress(**common, time_s=6.0, phase="validate", done=1200, total=5000, images_per_s=400.0)
+    view = follow(started("block-000", 0.0), trained, validated)
+    assert view.line("block-000").startswith(
+        "block 1 | epoch 1/2 validate 1,200/5,000 | loss 1.500 | val - | img/s 50 |"
+    )
+    assert view.fraction("block-000") == pytest.approx(0.5)
+    view.update(epoch_done("block-000", 7.0, 1, 2))
+    assert view.line("block-000").startswith("block 1 | epoch 1/2 | loss 0.412 | val 61.3 % | img/s 5,120 |")
+
+
+def test_profile_of_a_plan_shows_how_many_units_are_done() -> None:
+    progress = Progress(stage="plan", time_s=2.0, phase="profile", done=3, total=12)
+    view = follow(started("plan", 1.0), progress)
+    assert view.line("plan") == "plan | profile 3/12"
+    assert view.fraction("plan") == pytest.approx(0.25)
+
+
 def test_eta_after_resume_counts_only_what_this_attempt_did() -> None:
     events = (started("block-000", 0.0, resumed_epochs=6), epoch_done("block-000", 10.0, 7))
     view = follow(*events, plan=plan_of([100]))

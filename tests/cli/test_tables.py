@@ -8,6 +8,7 @@ from nf_pipeline.cli.tables import (
     evaluation_text,
     garbage_text,
     plan_text,
+    prediction_text,
     status_text,
     summary_text,
 )
@@ -139,7 +140,7 @@ def test_summary_text_marks_the_chosen_exit_and_says_why() -> None:
     assert marked[0].split() == [
         *("*", "1", "features.5", "61.3", "%", "60.3-62.3", "%", "250.0", "k", "25.0", "%", "1.500")
     ]
-    assert "chosen: exit 1, 0.1 points below the best, which is within the tolerance of 0.5" in lines
+    assert "chosen: exit 1 (features.5), 0.1 points below the best, which is within the tolerance of 0.5" in lines
     assert "validation 61.3 %, test 60.5 %, 250.0 k of 1.00 M parameters (4.0x smaller), 1m in all" in lines
 
 
@@ -183,13 +184,21 @@ def test_status_text_of_a_failed_run_gives_the_error() -> None:
 
 def test_evaluation_text_marks_the_chosen_exit() -> None:
     rows = [
-        {"layer_idx": 2, "layer": "a", "accuracy": 0.5, "num_images": 1797, "chosen": False},
-        {"layer_idx": 5, "layer": "b", "accuracy": 0.75, "num_images": 1797, "chosen": True},
+        {"exit": 0, "layer_idx": 2, "layer": "a", "accuracy": 0.5, "num_images": 1797, "chosen": False},
+        {"exit": 1, "layer_idx": 5, "layer": "b", "accuracy": 0.75, "num_images": 1797, "chosen": True},
     ]
     assert evaluation_text(rows).splitlines()[2:] == [
-        "      2  a        50.0 %   1,797",
-        "*     5  b        75.0 %   1,797",
+        "      0  a        50.0 %   1,797",
+        "*     1  b        75.0 %   1,797",
     ]
+
+
+def test_prediction_text_counts_skipped_images_if_there_are_any() -> None:
+    written = {"rows": 1797, "num_skipped": 0, "output": "out.parquet", "exit_layer": "a"}
+    assert prediction_text(written) == "1,797 predictions in out.parquet"
+    assert prediction_text(written | {"num_skipped": 2}) == (
+        "1,797 predictions in out.parquet, 2 images skipped that cannot be decoded"
+    )
 
 
 def test_checks_text_puts_the_fix_below_its_check() -> None:

@@ -79,6 +79,18 @@ def test_quiet_prints_the_result_only(trained) -> None:
     assert "chosen: exit" in done.stdout
 
 
+def test_resume_takes_settings_of_the_cluster_only(trained) -> None:
+    folder, _ = trained
+    before = json.loads((folder / "nf-runs/run/run.json").read_text())
+    where = ("--set", "cluster.executor=inline", "--set", "cluster.placement_timeout_s=5")
+    done = run_ok(folder, "resume", "nf-runs/run", *where, "--quiet")
+    assert "chosen: exit" in done.stdout
+    assert json.loads((folder / "nf-runs/run/run.json").read_text())["fingerprint"] == before["fingerprint"]
+    refused = run(folder, "resume", "nf-runs/run", "--set", "train.epochs=9")
+    assert refused.returncode == 2
+    assert "--set train.epochs=9" in refused.stderr
+
+
 def test_train_with_other_settings_under_the_same_name_is_a_conflict(trained) -> None:
     folder, _ = trained
     done = run(folder, "train", *SMALL, "--epochs", "2")
@@ -130,7 +142,7 @@ def test_evaluate_lists_every_exit_and_marks_the_chosen_one(trained) -> None:
     rows = json.loads(run_ok(folder, "evaluate", "nf-runs/run", "--data", "digits", "--json").stdout)
     summary = read_summary(folder)
     assert [row["layer"] for row in rows] == [row["layer"] for row in summary["exits"]]
-    assert [idx for idx, row in enumerate(rows) if row["chosen"]] == [summary["chosen_exit"]]
+    assert [row["exit"] for row in rows if row["chosen"]] == [summary["chosen_exit"]]
 
 
 def test_predict_writes_one_row_per_image(trained, tmp_path: Path) -> None:
@@ -143,6 +155,42 @@ def test_predict_writes_one_row_per_image(trained, tmp_path: Path) -> None:
     output = tmp_path / "out.parquet"
     done = run_ok(folder, "predict", "nf-runs/run", str(images), "--output", str(output), "--json")
     assert json.loads(done.stdout)["rows"] == pq.read_table(output).num_rows == 1797
+
+
+def test_predict_takes_a_column_and_skips_what_cannot_be_decoded(trained, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    import nf_pipeline
+
+    folder, _ = trained
+    digits = pq.read_table(Path(nf_pipeline.__file__).parent / "data" / "digits.parquet").slice(0, 4)
+    cells = digits["image"].combine_chunks()
+    broken = pa.array([{"bytes": b"junk", "path": None}] * 4, cells.type)
+    pq.write_table(pa.table({"a": cells, "b": broken}), tmp_path / "in.parquet")
+    common = ("predict", "nf-runs/run", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out.parquet"))
+    unnamed = run(folder, *common)
+    assert unnamed.returncode == 2
+    assert "--image-column NAME" in unnamed.stderr
+    assert run_ok(folder, *common, "--image-column", "a").stdout.startswith("4 predictions in ")
+    assert run(folder, *common, "--image-column", "b").returncode == 2
+    done = run_ok(folder, *common, "--image-column", "b", "--on-bad-image", "skip")
+    assert done.stdout.startswith("0 predictions in ")
+    assert "4 images skipped" in done.stdout
+
+
+def test_evaluate_takes_the_columns(trained, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    import nf_pipeline
+
+    folder, _ = trained
+    digits = pq.read_table(Path(nf_pipeline.__file__).parent / "data" / "digits.parquet")
+    pq.write_table(digits.rename_columns(["picture", "digit"]), tmp_path / "in.parquet")
+    common = ("evaluate", "nf-runs/run", "--data", str(tmp_path / "in.parquet"), "--json")
+    assert "--label-column NAME" in run(folder, *common).stderr
+    rows = json.loads(run_ok(folder, *common, "--image-column", "picture", "--label-column", "digit").stdout)
+    assert rows == json.loads(run_ok(folder, "evaluate", "nf-runs/run", "--data", "digits", "--json").stdout)
 
 
 def test_export_prints_where_it_wrote(trained, tmp_path: Path) -> None:

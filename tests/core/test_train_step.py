@@ -183,3 +183,8 @@ def test_auto_device_is_the_gpu_only_when_there_is_one() -> None:
 def test_cuda_without_a_gpu_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="got cuda"):
         resolve_device("cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_an_index_with_which_its_memory_can_be_capped() -> None:
+    torch.cuda.set_per_process_memory_fraction(1.0, resolve_device("cuda"))

@@ -40,7 +40,7 @@ def test_two_equal_candidates_are_an_error_that_names_both():
 
     with pytest.raises(DataError, match=r"a.parquet: columns \['left', 'right'\] could all be the image") as caught:
         find_image_column(schema, None, "a.parquet")
-    assert "--set data.image_column" in str(caught.value)
+    assert "--set data.image_column=NAME, or --image-column NAME" in str(caught.value)
 
 
 def test_no_image_column_is_an_error_that_lists_what_there_is():
@@ -70,7 +70,7 @@ def test_missing_label_column_is_an_error_that_lists_what_there_is():
 
     with pytest.raises(DataError, match=r"a.parquet: no label column.*'fine_label' \(int64\)") as caught:
         find_label_column(schema, None, "a.parquet")
-    assert "--set data.label_column" in str(caught.value)
+    assert "--set data.label_column=NAME, or --label-column NAME" in str(caught.value)
 
 
 def test_given_label_column_that_is_missing_is_named():

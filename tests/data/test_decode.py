@@ -54,6 +54,34 @@ def test_palette_becomes_rgb():
     np.testing.assert_array_equal(decode_image(saved(palette)), expected)
 
 
+@pytest.mark.parametrize(
+    ("image", "kind"),
+    [
+        (Image.fromarray(GREY).convert("1"), "PNG"),
+        (Image.fromarray(GREY), "PNG"),
+        (Image.fromarray(GREY).convert("LA"), "PNG"),
+        (Image.fromarray(COLOUR).quantize(256), "PNG"),
+        (Image.fromarray(COLOUR).convert("RGBA"), "PNG"),
+        (Image.fromarray(COLOUR).convert("CMYK"), "TIFF"),
+    ],
+    ids=lambda value: getattr(value, "mode", value),
+)
+@pytest.mark.parametrize("image_size", [None, 5])
+def test_an_opened_image_decodes_like_its_file(image, kind, image_size):
+    decoded = decode_image(lambda: image.copy(), image_size)
+
+    np.testing.assert_array_equal(decoded, decode_image(saved(image, kind), image_size))
+    assert decoded.max() > 1
+
+
+def test_what_fetching_an_image_raises_makes_it_undecodable():
+    def fetch():
+        raise OSError("image file is truncated")
+
+    with pytest.raises(Undecodable, match="image file is truncated"):
+        decode_image(fetch)
+
+
 def test_16_bit_grey_keeps_its_upper_8_bits():
     deep = (GREY.astype(np.uint16) << 8) | 200
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from importlib import resources
 
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 
 from nf_pipeline.config import DataConfig
 from nf_pipeline.data.decode import decode_image
-from nf_pipeline.data.sources import open_source
+from nf_pipeline.data.sources import absolute_source, open_source
 from nf_pipeline.errors import ConfigError, DataError
 
 
@@ -45,3 +47,55 @@ def test_credentials_in_a_uri_are_not_repeated():
     with pytest.raises(ConfigError) as caught:
         open_source(DataConfig(source="s3://user:secret@bucket/x"))
     assert "secret" not in str(caught.value)
+
+
+def test_a_path_that_cannot_be_looked_up_is_named():
+    with pytest.raises(DataError, match=r"data source x{300}: cannot be read: File name too long"):
+        open_source(DataConfig(source="x" * 300))
+
+
+@pytest.mark.parametrize(
+    ("source", "absolute"),
+    [
+        ("digits", "digits"),
+        ("s3://bucket/prefix", "s3://bucket/prefix"),
+        ("ftp://host/x", "ftp://host/x"),
+        ("./digits", "{here}/digits"),
+        ("images", "{here}/images"),
+        ("./images/", "{here}/images"),
+        ("deep/../images", "{here}/images"),
+        ("../other/a.parquet", "{above}/other/a.parquet"),
+        ("/abs/images", "/abs/images"),
+        ("file:///abs/images", "/abs/images"),
+        ("~/images", "{home}/images"),
+        ("absent-folder", "{here}/absent-folder"),
+        ("NoSuchSet", "{here}/NoSuchSet"),
+        ("MNIST", "{here}/MNIST"),
+        ("CIFAR10", "torchvision:CIFAR10:{here}/data"),
+        ("torchvision:CIFAR10", "torchvision:CIFAR10:{here}/data"),
+        ("torchvision:CIFAR10:sets", "torchvision:CIFAR10:{here}/sets"),
+        ("torchvision:CIFAR10:/sets", "torchvision:CIFAR10:/sets"),
+    ],
+)
+def test_a_source_is_made_absolute_once(tmp_path, monkeypatch, source, absolute):
+    here, home = tmp_path / "here", tmp_path / "home"
+    for folder in ("images", "digits", "MNIST"):  # a folder wins over a data set of the same name
+        (here / folder).mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    wanted = absolute.format(here=here, above=tmp_path, home=home)
+
+    assert absolute_source(source) == wanted
+    assert absolute_source(wanted) == wanted
+
+
+def test_making_paths_absolute_does_not_load_torch(tmp_path):
+    code = (
+        "import sys; from nf_pipeline.data.sources import absolute_source; "
+        "[absolute_source(source) for source in sys.argv[1:]]; print('torch' in sys.modules)"
+    )
+    sources = ("digits", "s3://bucket/x", "./images", "some/folder", str(tmp_path), "torchvision:CIFAR10:/sets")
+
+    done = subprocess.run([sys.executable, "-c", code, *sources], capture_output=True, text=True, timeout=300)
+
+    assert done.stdout == "False\n", done.stderr

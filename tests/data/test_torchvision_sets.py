@@ -2,10 +2,11 @@ import struct
 
 import numpy as np
 import pytest
+from image_sets import encode
 
 from nf_pipeline.config import DataConfig
 from nf_pipeline.data.classes import read_labels
-from nf_pipeline.data.decode import decode_image
+from nf_pipeline.data.decode import Undecodable, decode_image
 from nf_pipeline.data.sources import open_source
 from nf_pipeline.data.torchvision_sets import TorchvisionSource
 from nf_pipeline.errors import ConfigError, DataError
@@ -61,3 +62,31 @@ def test_an_unknown_name_lists_near_ones(tmp_path):
 def test_a_data_set_without_class_labels_is_refused(tmp_path):
     with pytest.raises(ConfigError):
         TorchvisionSource("FakeData", str(tmp_path))
+
+
+def write_eurosat(root, files):
+    """Writes class folders as torchvision's EuroSAT has them; `files` maps CLASS/NAME to bytes."""
+    for name, data in files.items():
+        path = root / "eurosat/2750" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def test_images_are_decoded_where_they_are_fetched_and_resized_alike(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    write_eurosat(tmp_path, {"Forest/a.png": encode(colour), "River/b.png": b"junk"})
+    source = open_source(DataConfig(source=f"torchvision:EuroSAT:{tmp_path}"))
+
+    (_, whole), (row, broken) = source.read("train", np.ones(2, bool), None)
+
+    assert source.class_names == ("Forest", "River")
+    assert callable(whole)
+    np.testing.assert_array_equal(decode_image(whole, 5), decode_image(encode(colour), 5))
+    with pytest.raises(Undecodable, match="no image of a known format"):
+        decode_image(broken)
+    assert source.where("train", row, "image") == "torchvision EuroSAT train, row 1, image"
+
+
+def test_a_data_set_with_a_choice_of_its_own_is_refused_and_the_choice_named(tmp_path):
+    with pytest.raises(DataError, match=r"torchvision EMNIST: .* a choice of its own \(split\)"):
+        TorchvisionSource("EMNIST", str(tmp_path))

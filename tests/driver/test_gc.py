@@ -1,11 +1,13 @@
 """Garbage in local stores: what goes, and above all what stays."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from nf_pipeline.driver.gc import collect_garbage
 from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
+from nf_pipeline.plans import BlockPlan, Plan
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of, commit_manifest
 from nf_pipeline.storage.shards import ShardInfo, TensorSpec
@@ -112,6 +114,61 @@ def test_objects_outside_attempts_are_never_touched(store: Store) -> None:
     commit(store, LAYOUT.model_manifest, "model", weights=LAYOUT.model_weights)
     collect_garbage(f"{store.uri}/run", dry_run=False)
     assert {*documents, *model} <= keys_of(store)
+
+
+def half_written(store: Store) -> list[str]:
+    """Stores what a writer leaves that is killed before it renames."""
+    return put(store, "run/.summary.json.0a1b2c3d.part", "run/blocks/000/.manifest.json.0a1b2c3d.part")
+
+
+def planned(store: Store, num_blocks: int) -> None:
+    blocks = tuple(
+        BlockPlan(
+            block_idx=idx,
+            units=(idx, idx + 1),
+            layers=(idx, idx + 1),
+            batch_size=2,
+            predicted_peak_bytes=1,
+            shard_bytes=0,
+            reason="",
+        )
+        for idx in range(num_blocks)
+    )
+    plan = Plan(
+        model="convnet",
+        num_classes=2,
+        image_shape=(1, 8, 8),
+        budget_bytes=1,
+        layers=(),
+        units=(),
+        blocks=blocks,
+        params_full=1,
+        flops_full=1,
+        profile_s=0.0,
+    )
+    store.put(LAYOUT.plan_json, json.dumps(plan.to_json()).encode())
+
+
+def test_half_written_files_go_when_every_stage_is_committed(store: Store) -> None:
+    parts = half_written(store)
+    other = put(store, "run/notes.part", ".nf-probe-0a1b2c3d", "run-2/.run.json.0a1b2c3d.part")
+    planned(store, num_blocks=2)
+    for key, stage in (
+        (LAYOUT.ingest_manifest, "ingest"),
+        (LAYOUT.block_manifest(0), "block-000"),
+        (LAYOUT.model_manifest, "model"),
+    ):
+        commit(store, key, stage)
+    assert collect_garbage(f"{store.uri}/run", dry_run=False) == []
+    commit(store, LAYOUT.block_manifest(1), "block-001")
+    assert collect_garbage(f"{store.uri}/run", dry_run=False) == sorted((key, 10) for key in parts)
+    assert all(store.size(key) == 10 for key in other)
+
+
+def test_half_written_files_of_a_run_without_a_plan_stay(store: Store) -> None:
+    parts = half_written(store)
+    assert collect_garbage(f"{store.uri}/run", dry_run=False) == []
+    assert set(parts) <= keys_of(store)
 
 
 def test_object_that_only_the_facts_or_another_stage_name_stays(store: Store) -> None:

@@ -14,7 +14,7 @@ from nf_pipeline.driver.preview import preview_plan
 from nf_pipeline.driver.run import resume, train
 from nf_pipeline.driver.run_record import load_plan
 from nf_pipeline.driver.use import evaluate, export, predict
-from nf_pipeline.errors import ConfigError, DataError, ObjectMissing
+from nf_pipeline.errors import ConfigError, DataError, ObjectMissing, StorageError
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import open_store
 
@@ -40,6 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
 def test_evaluate_on_the_training_data_is_about_as_good_as_validation_says(finished: tuple[str, dict]) -> None:
     uri, summary = finished
     rows = evaluate(uri, DataConfig(source="digits"))
+    assert [row["exit"] for row in rows] == list(range(len(summary["exits"])))
     assert [row["layer_idx"] for row in rows] == [exit["layer_idx"] for exit in summary["exits"]]
     assert [row["chosen"] for row in rows].index(True) == summary["chosen_exit"]
     assert {row["num_images"] for row in rows} == {1797}
@@ -86,6 +87,34 @@ def test_failed_prediction_leaves_the_older_output_alone(finished: tuple[str, di
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_prediction_below_a_file_is_a_storage_error_that_says_so(finished: tuple[str, dict], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file/out.parquet", tmp_path / "file/deeper/out.parquet"):
+        with pytest.raises(StorageError, match="a part of its path is a file") as caught:
+            predict(finished[0], "digits", str(output))
+        assert caught.value.uri == str(output)
+    for folder in (str(tmp_path), "."):
+        with pytest.raises(StorageError, match="it is a folder"):
+            predict(finished[0], "digits", folder)
+
+
+def test_input_that_cannot_be_read_is_not_blamed_on_the_output(finished: tuple[str, dict], tmp_path: Path) -> None:
+    too_long = "x" * 300
+    with pytest.raises(DataError, match=f"data source {too_long}: cannot be read"):
+        predict(finished[0], too_long, str(tmp_path / "out.parquet"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_skipped_images_are_counted_and_left_out(finished: tuple[str, dict], tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "broken.png").write_bytes(b"no image")
+    Image.fromarray(np.full((8, 8), 128, np.uint8)).save(images / "whole.png")
+    done = predict(finished[0], str(images), str(tmp_path / "out.parquet"), on_bad_image="skip")
+    assert (done["rows"], done["num_skipped"]) == (1, 1)
+    assert pq.read_table(tmp_path / "out.parquet")["id"].to_pylist() == ["whole.png"]
+
+
 def test_exported_program_computes_what_the_model_computes(finished: tuple[str, dict], tmp_path: Path) -> None:
     uri, _ = finished
     path = export(uri, "torch-export", str(tmp_path / "model.pt2"))
@@ -103,6 +132,22 @@ def test_exported_safetensors_hold_every_weight(finished: tuple[str, dict], tmp_
     model = load_model(uri)
     assert sum(tensors[name].numel() for name, _ in model.named_parameters()) == summary["params_final"]
     assert (tmp_path / "model.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.JSON"])
+def test_weights_are_not_exported_under_the_name_of_their_description(
+    finished: tuple[str, dict], tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"--output .*model\.safetensors"):
+        export(finished[0], "safetensors", str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format_name", ["safetensors", "torch-export"])
+def test_export_below_a_file_is_a_storage_error(finished: tuple[str, dict], tmp_path: Path, format_name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="a part of its path is a file"):
+        export(finished[0], format_name, str(tmp_path / "file/model"))
 
 
 def test_unknown_export_format_is_refused(finished: tuple[str, dict], tmp_path: Path) -> None:
