@@ -1,6 +1,6 @@
 # make demo        set up everything and run the main job on real data
 # make test        set up everything and run the tests
-# make test-slow   the tests that take minutes       make test-gpu   the tests that need a CUDA device
+# make test-gpu    the tests that need a CUDA device
 # make lint        style and formatting              make bench      block-by-block beside backpropagation
 # make clean       remove .venv and caches (runs in nf-runs/ stay)
 #
@@ -30,7 +30,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu lint format bench clean
+.PHONY: help demo test test-gpu lint format bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Stamps/,$$d'
@@ -59,9 +59,6 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
-
-test-slow: $(INSTALLED_TEST)
-	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
 test-gpu: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)

@@ -7,6 +7,8 @@ resources; `nf_pipeline.retry` decides instead.
 """
 
 import logging
+import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +34,11 @@ logger = logging.getLogger(__name__)
 
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # events only: the data goes through the run's store
 STALL_TIMEOUT_S = 3600.0  # a stage reports every few seconds where it can; an hour of silence is a hang
+CONNECT_TIMEOUT_S = 10.0
 EVENT_TIMEOUT_S = 60.0  # fetching an event that is ready
+
+
+_HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[\w.:-]+?)\]?:(?P<port>\d+)")
 
 
 @ray.remote(max_calls=1, max_retries=0, num_returns="streaming")
@@ -54,6 +60,8 @@ class RayExecutor:
         self._owns_ray = not ray.is_initialized()
         if not self._owns_ray:
             return
+        if cluster.address is not None:
+            _check_reachable(cluster.address)
         try:
             if cluster.address is None:
                 # "local": a bare init joins whatever a file in the temporary folder points at. Token
@@ -147,6 +155,20 @@ class RayExecutor:
             raise ConfigError(f"{name} cannot be placed: {error}", "add a node that holds it") from None
         except RayError as error:
             raise InternalError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries an address that nobody answers for minutes; names such as "auto" are left to it."""
+    match = _HOST_AND_PORT.fullmatch(address)
+    if match is None:
+        return
+    try:
+        socket.create_connection((match["host"], int(match["port"])), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: {error}",
+            "check --address, or leave it out to start a local Ray, or use --executor inline",
+        ) from None
 
 
 def _cause_of(error: RayTaskError) -> BaseException:

@@ -1,6 +1,6 @@
 """Every key of a run: nothing else joins paths.
 
-    RUN/run.json  plan.json  events.jsonl  summary.json  marker.json
+    RUN/run.json  plan.json  events.jsonl  summary.json
     RUN/ingest/manifest.json      ingest/attempt-ID/train-00000.parquet
     RUN/blocks/000/manifest.json  blocks/000/attempt-ID/weights.safetensors
                                   blocks/000/attempt-ID/{checkpoint.json,checkpoint-00001.safetensors}
@@ -54,11 +54,6 @@ class RunLayout:
     def summary_json(self) -> str:
         """The run's result."""
         return f"{self.run}/summary.json"
-
-    @property
-    def marker(self) -> str:
-        """Object that proves that a worker sees the driver's store."""
-        return f"{self.run}/marker.json"
 
     @property
     def ingest_manifest(self) -> str:

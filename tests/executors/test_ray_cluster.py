@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,9 +55,14 @@ def sleep(task: object) -> Iterator[Event]:
 
 @pytest.fixture(scope="module")
 def executor() -> Iterator[Executor]:
-    """One local Ray for all tests of this file."""
-    with open_executor(ClusterConfig(executor="ray", placement_timeout_s=60)) as opened:
+    """One local Ray for all tests of this file, whose workers find the stages above."""
+    with pytest.MonkeyPatch.context() as patch, _local_ray(patch) as opened:
         yield opened
+
+
+def _local_ray(patch: pytest.MonkeyPatch) -> Executor:
+    patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    return open_executor(ClusterConfig(executor="ray", placement_timeout_s=60))
 
 
 def test_events_arrive_in_order_and_every_stage_has_a_process_of_its_own(executor: Executor) -> None:
@@ -101,9 +109,6 @@ def test_request_that_no_node_holds_fails_at_once_with_what_there_is(executor: E
 
 
 def test_address_without_a_cluster_is_a_configuration_error() -> None:
-    import subprocess
-    import sys
-
     script = (
         "from nf_pipeline.config import ClusterConfig\n"
         "from nf_pipeline.errors import ConfigError\n"

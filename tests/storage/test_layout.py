@@ -18,9 +18,7 @@ def test_attempt_ids_are_8_hex_digits_and_differ():
 
 
 def test_documents_of_a_run_stand_at_its_top():
-    names = [LAYOUT.run_json, LAYOUT.plan_json, LAYOUT.events_jsonl, LAYOUT.summary_json, LAYOUT.marker]
     assert names == [f"demo/{name}" for name in ("run.json", "plan.json", "events.jsonl", "summary.json")] + [
-        "demo/marker.json"
     ]
 
 
