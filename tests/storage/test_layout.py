@@ -18,8 +18,8 @@ def test_attempt_ids_are_8_hex_digits_and_differ():
 
 
 def test_documents_of_a_run_stand_at_its_top():
-    assert names == [f"demo/{name}" for name in ("run.json", "plan.json", "events.jsonl", "summary.json")] + [
-    ]
+    names = [LAYOUT.run_json, LAYOUT.plan_json, LAYOUT.events_jsonl, LAYOUT.summary_json]
+    assert names == [f"demo/{name}" for name in ("run.json", "plan.json", "events.jsonl", "summary.json")]
 
 
 def test_objects_of_a_block_attempt_live_below_its_id():
