@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,9 +169,11 @@ def test_other_devices_do_not_count() -> None:
 def test_a_meter_may_die_before_the_tensors_it_saw() -> None:
     with LiveBytes(CPU) as meter:
         x = floats(KIB)
+    reference = weakref.ref(meter)
     del meter
     gc.collect()
-    del x
+    assert reference() is None, "the tensors it saw keep the meter alive"
+    del x  # calls back a meter that is gone
 
 
 def test_an_error_inside_leaves_the_meter() -> None:

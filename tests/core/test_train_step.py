@@ -187,4 +187,6 @@ def test_cuda_without_a_gpu_is_a_config_error() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_has_an_index_with_which_its_memory_can_be_capped() -> None:
-    torch.cuda.set_per_process_memory_fraction(1.0, resolve_device("cuda"))
+    device = resolve_device("cuda")
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert device.index is not None
