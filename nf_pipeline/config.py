@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -21,6 +21,16 @@ from nf_pipeline.units import parse_bytes
 FORMAT_VERSION = 1
 
 ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
+
+AUTO: Final = "auto"
+"""Value of `memory.budget_bytes` that leaves the budget to what the workers have."""
+
+
+def _parse_budget(value: Any) -> Any:
+    return AUTO if value == AUTO else parse_bytes(value)
+
+
+Budget = Annotated[int | Literal["auto"], BeforeValidator(_parse_budget)]
 
 
 class _Section(BaseModel):
@@ -60,8 +70,9 @@ class ModelConfig(_Section):
 class MemoryConfig(_Section):
     """What a worker's training process may hold on its device."""
 
-    budget_bytes: ByteCount
-    """The dial: bytes, or text such as "300MiB". The CUDA context is not counted."""
+    budget_bytes: Budget
+    """The dial: bytes, or text such as "300MiB"; "auto" takes the smallest class of workers that the cluster has.
+    The CUDA context is not counted."""
     max_batch_size: int = Field(default=128, ge=1, le=65536)
     """Batches never grow beyond this, however much memory there is."""
     min_batch_size: int = Field(default=2, ge=2, le=65536)
@@ -81,8 +92,16 @@ class MemoryConfig(_Section):
 class TrainConfig(_Section):
     """How each block is trained."""
 
+    mode: Literal["sequential", "pipelined"] = "sequential"
+    """`pipelined` trains all blocks at the same time, each on what the block before published in its latest round."""
     epochs: int = Field(default=8, ge=1, le=100_000)
     """Passes over the train split, per block."""
+    round_epochs: int = Field(default=1, ge=1, le=100_000)
+    """Pipelined only: epochs between two publications of a block's activations."""
+    workers_per_block: int = Field(default=1, ge=1, le=256)
+    """Workers that share a block's batches: the effective batch is as many times the planned one."""
+    augment: Literal["none", "flip", "crop_flip"] = "none"
+    """Random changes of the images: the first block sees new ones every epoch, the blocks after it every round."""
     unit_layers: int = Field(default=2, ge=1, le=1000)
     """Layers per local unit, with backpropagation inside; 1 is the paper's form."""
     head: str = "adaptive"
@@ -142,7 +161,11 @@ class ClusterConfig(_Section):
     num_threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of a training worker; None takes what the run began with, at first all of the driver's machine."""
     placement_timeout_s: float = Field(default=60.0, gt=0.0)
-    """How long a task may wait for a worker before the run fails with what is missing."""
+    """How long a task may wait for a worker that others of this run do not hold, before the run fails."""
+    autoscaling: bool = False
+    """Whether the cluster adds nodes when tasks wait; then nothing is refused because no node holds it yet."""
+    overlap: bool = True
+    """Whether a block may start on its input's first shards while the block before still writes the rest."""
 
 
 class RunConfig(_Section):
@@ -178,14 +201,14 @@ def resolve_config(
     """Merges file < `section.field=value` assignments < named flags into a validated config.
 
     Args:
-        file: TOML with one table per section.
+        file: TOML with one table per section; JSON where its name ends in .json.
         assignments: as given to `--set`; values are read as TOML, then as plain text.
         flags: dotted field -> value; None values were not given.
 
     Raises:
         ConfigError: unreadable file, unknown field (with near names), or a value out of range.
     """
-    merged: dict[str, Any] = _read_toml(file) if file is not None else {}
+    merged: dict[str, Any] = _read_file(file) if file is not None else {}
     for assignment in assignments:
         field, separator, text = assignment.partition("=")
         if not separator:
@@ -221,11 +244,17 @@ def field_names() -> list[str]:
     return names
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
+def _read_file(file: Path) -> dict[str, Any]:
+    is_json = file.suffix.lower() == ".json"
     try:
-        return tomllib.loads(file.read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"config file {file}: {error}", "give a readable TOML file") from None
+        text = file.read_text(encoding="utf8")
+        document = json.loads(text) if is_json else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        fix = f"give a readable {'JSON' if is_json else 'TOML'} file"
+        raise ConfigError(f"config file {file}: {error}", fix) from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"config file {file}: holds no sections", 'write {"section": {"field": value}}')
+    return document
 
 
 def _parse_value(text: str) -> Any:

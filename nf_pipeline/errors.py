@@ -148,5 +148,15 @@ class WorkerLost(BlockError):
     """The worker process or its node died, or never came."""
 
 
+class InputReplaced(BlockError):
+    """What a stage was reading, while it was still being written, was given up and is written anew."""
+
+
+class StageStopped(NFError):
+    """A stage was ended because another one of the same run failed."""
+
+    exit_code = EXIT_BLOCK
+
+
 class InternalError(NFError):
     """Something that should be impossible happened: a bug."""

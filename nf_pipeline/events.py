@@ -33,12 +33,15 @@ class StageStarted(Event):
         attempt: id of the attempt; its objects live under this name.
         worker: host and process that run it.
         resumed_epochs: epochs taken over from a checkpoint.
+        round_idx, num_rounds: 0-based round of a block in pipelined mode, and how many there are.
         note: one line for the log.
     """
 
     attempt: str
     worker: str
     resumed_epochs: int = 0
+    round_idx: int = 0
+    num_rounds: int = 1
     note: str = ""
 
 
@@ -47,7 +50,7 @@ class Progress(Event):
     """Part of a stage is done.
 
     Attributes:
-        phase: "read", "profile", "train", "validate" or "write".
+        phase: "read", "profile", "wait", "train", "validate" or "write".
         done, total: in the phase's own unit (samples, units of the profile); total 0 if unknown.
         epoch, num_epochs: 1-based epoch, 0 outside training.
         loss: newest fetched training loss of the last unit.
@@ -85,6 +88,17 @@ class EpochDone(Event):
     images_per_s: float
     loader_wait_s: float
     peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publishing(Event):
+    """A block begins to write its activations: from now on the next block can read them as they come.
+
+    Attributes:
+        round_idx: 0-based.
+    """
+
+    round_idx: int
 
 
 @dataclass(frozen=True, kw_only=True)

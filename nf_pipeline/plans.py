@@ -65,7 +65,8 @@ class BlockPlan:
         block_idx: 0-based position.
         units: half-open range of units.
         layers: half-open range of layers.
-        batch_size: samples per training step.
+        batch_size: samples per training step and worker.
+        budget_bytes: what a worker of this block may hold; more than the plan's where only larger workers do.
         predicted_peak_bytes: of the block's training step at that batch size.
         shard_bytes: tensor bytes that the block's activations of all stored splits take; 0 for the last block.
         reason: why the block ends here and has this batch size.
@@ -75,6 +76,7 @@ class BlockPlan:
     units: tuple[int, int]
     layers: tuple[int, int]
     batch_size: int
+    budget_bytes: int
     predicted_peak_bytes: int
     shard_bytes: int
     reason: str
@@ -88,7 +90,7 @@ class Plan:
         model: resolved model name.
         num_classes: K.
         image_shape: (C, H, W) of the stored images.
-        budget_bytes: the user's dial.
+        budget_bytes: the user's dial, or the smallest class of workers that it was left to.
         layers, units, blocks: in order; units and blocks cover all layers without gaps.
         params_full: weights of the uncut model.
         flops_full: of one sample's forward pass through the uncut model.

@@ -22,6 +22,9 @@ LEVELS = {
     "nf_pipeline.plans": 0,
     "nf_pipeline.run_uri": 0,
     "nf_pipeline.host": 0,
+    "nf_pipeline.gang": 0,
+    "nf_pipeline.gpus": 0,
+    "nf_pipeline.worker_resources": 0,
     "nf_pipeline.trust": 0,
     "nf_pipeline.retry": 1,
     "nf_pipeline.core": 1,
@@ -38,7 +41,12 @@ LEVELS = {
 
 # Library -> the only places that may import it; "lazy" ones only inside a function.
 ONLY_IN = {
-    "ray": ("nf_pipeline.executors.ray_cluster",),
+    "ray": (
+        "nf_pipeline.executors.ray_cluster",
+        "nf_pipeline.executors.ray_jobs",
+        "nf_pipeline.executors.ray_metrics",
+        "nf_pipeline.data.activation_shards",
+    ),
     "s3fs": ("nf_pipeline.storage.s3",),
     "click": ("nf_pipeline.cli",),
     "rich": ("nf_pipeline.cli",),

@@ -23,6 +23,17 @@ def test_flags_win_over_assignments_and_assignments_over_the_file(tmp_path: Path
     assert config.memory.budget_bytes == 2**20
 
 
+def test_file_whose_name_ends_in_json_is_read_as_json(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    config = resolve_config(flags={**BUDGET, "train.epochs": 3, "data.source": "s3://bucket/images"})
+    file.write_text(config.model_dump_json())
+    assert resolve_config(file=file) == config
+    for text in ("[]", "{", "epochs = 3"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"run\.json"):
+            resolve_config(file=file)
+
+
 def test_assignment_values_may_be_plain_text() -> None:
     config = resolve_config(assignments=["data.source=s3://bucket/images", "train.head=classic"], flags=BUDGET)
     assert (config.data.source, config.train.head) == ("s3://bucket/images", "classic")
@@ -95,6 +106,8 @@ def test_fingerprint_changes_with_every_setting_that_can_change_the_result(name:
         "data.label_column": "label",
         "data.image_size": 16,
         "data.on_bad_image": "skip",
+        "train.mode": "pipelined",
+        "train.augment": "flip",
         "data.max_train_images": 100,
         "model.name": "vgg11_bn",
         "train.head": "classic",

@@ -18,6 +18,8 @@ EXAMPLES = [
     errors.OutOfBudget("block-001", "peak 3 MiB, budget 2 MiB", "raise the budget"),
     errors.Diverged("block-001", "loss nan in epoch 1", "lower train.lr"),
     errors.WorkerLost("block-001", "WorkerCrashedError", ""),
+    errors.InputReplaced("block-002", "attempt 1f2e gave way to attempt 3d4c", ""),
+    errors.StageStopped("block-001 was stopped"),
     errors.NFError("base"),
     errors.InternalError("a bug"),
 ]

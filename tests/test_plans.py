@@ -25,6 +25,7 @@ def make_plan() -> Plan:
         units=(0, 2),
         layers=(0, 3),
         batch_size=4,
+        budget_bytes=2**26,
         predicted_peak_bytes=200,
         shard_bytes=0,
         reason="all units fit",

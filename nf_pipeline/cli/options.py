@@ -81,8 +81,8 @@ CONFIG_FLAGS = (
         name="--memory-budget",
         field="memory.budget_bytes",
         metavar="SIZE",
-        explanation="Bytes that training may hold on a worker's device, such as 300MiB or 6GiB. Required, "
-        "here or in the --config file: batch sizes and blocks follow from it.",
+        explanation="Bytes that training may hold on a worker's device, such as 300MiB or 6GiB; auto reads it from "
+        "the cluster. Required, here or in the --config file: batch sizes and blocks follow from it.",
     ),
     ConfigFlag(
         name="--store",
@@ -136,6 +136,21 @@ CONFIG_FLAGS = (
         value_type=int,
         default="8",
         explanation="Passes over the train split, per block.",
+    ),
+    ConfigFlag(
+        name="--mode",
+        field="train.mode",
+        default="sequential",
+        value_type=click.Choice(["sequential", "pipelined"]),
+        explanation="One block after the other, or all at the same time in rounds, on several workers.",
+    ),
+    ConfigFlag(
+        name="--workers-per-block",
+        field="train.workers_per_block",
+        metavar="N",
+        value_type=int,
+        default="1",
+        explanation="Workers that share the batches of a block.",
     ),
     ConfigFlag(
         name="--seed",

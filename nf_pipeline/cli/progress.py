@@ -131,6 +131,8 @@ class RichProgress:
         )
 
     def _end(self, event: Event) -> None:
+        if isinstance(event, StageDone) and 0.0 < self._view.fraction(event.stage) < 1.0:
+            return  # a round: the block goes on in the same bar
         task = self._tasks.pop(event.stage)
         if isinstance(event, StageDone):
             self._bars.update(task, completed=1.0, fields=" | ".join(self._view.fields(event.stage)))

@@ -28,6 +28,7 @@ _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 class _StageState:
     started_s: float
     resumed_epochs: int = 0
+    num_rounds: int = 1
     updated_s: float = 0.0
     phase: str = ""
     done: int = 0
@@ -65,7 +66,7 @@ class RunView:
         state = self._stages[event.stage]
         state.updated_s = event.time_s
         if isinstance(event, StageStarted):
-            state.resumed_epochs = event.resumed_epochs
+            state.resumed_epochs, state.num_rounds = event.resumed_epochs, event.num_rounds
         elif isinstance(event, Progress):
             _take_progress(state, event)
         elif isinstance(event, EpochDone):
@@ -94,7 +95,8 @@ class RunView:
 
         Every block sees the same rows for the same number of epochs, so what differs is the work per sample:
         the speed measured in this block (FLOPs per second since the attempt began) is applied to the FLOPs
-        that are left. Stopping early, retries and writing the last shards are not foreseen.
+        that are left. Stopping early, retries and writing the last shards are not foreseen. The blocks of a
+        pipelined run train side by side: only this one's own epochs count, at the speed of this round.
 
         Returns:
             Seconds from the last event on; None before anything is measured.
@@ -106,7 +108,8 @@ class RunView:
         elapsed_s = state.updated_s - state.started_s
         if gained <= 0 or elapsed_s <= 0:
             return None
-        return elapsed_s / gained * (1 - state.trained + self._later_work(stage))
+        later = self._later_work(stage) if state.num_rounds == 1 else 0.0
+        return elapsed_s / gained * (1 - state.trained + later)
 
     def line(self, stage: str) -> str:
         """Describes where a stage stands, in a fixed order of fields; "-" marks what is not known yet."""
@@ -133,7 +136,7 @@ class RunView:
         return lines
 
     def _training_fields(self, stage: str, state: _StageState) -> list[str]:
-        budget = self._plan.budget_bytes if self._plan else None
+        budget = self._plan.blocks[int(stage.removeprefix(_BLOCK_PREFIX))].budget_bytes if self._plan else None
         return [
             f"epoch {state.epoch}/{state.num_epochs}"
             + (f" {_phase_text(state)}" if state.phase == "validate" else ""),
@@ -149,7 +152,7 @@ class RunView:
     def _take_end(self, state: _StageState, event: StageDone) -> None:
         state.seconds = event.seconds
         if state.num_epochs:  # what is left to see of a block is its training, not the last phase
-            state.phase, state.trained = "train", 1.0
+            state.phase, state.trained = "train", state.epoch / state.num_epochs
         if event.stage == "plan" and "blocks" in event.result:
             self._plan = Plan.from_json(event.result)
 
@@ -218,7 +221,7 @@ def _planned_block(plan: Plan, block: BlockPlan) -> str:
         f"block {block.block_idx + 1}/{len(plan.blocks)}",
         f"layers {block.layers[0]}-{block.layers[1] - 1}",
         f"batch {block.batch_size}",
-        f"predicted peak {format_peak(block.predicted_peak_bytes, plan.budget_bytes)}",
+        f"predicted peak {format_peak(block.predicted_peak_bytes, block.budget_bytes)}",
         block.reason,
     ]
     return " | ".join(parts)

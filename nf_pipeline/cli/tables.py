@@ -86,7 +86,7 @@ def summary_text(summary: Mapping[str, Any], run_uri: str) -> str:
 def status_text(status: Mapping[str, Any]) -> str:
     """Describes how far a run is; says how to continue one that fell silent or failed."""
     table = align(
-        ["stage", "state", "epoch", "loss", "val", "last sign", "attempts", "attempt"],
+        ["stage", "state", "epoch", "loss", "val", "last sign", "attempts", "attempt", "worker"],
         [_status_row(stage) for stage in status["stages"]],
     )
     lines = [f"{status['uri']}: {status['state']}", "", table]
@@ -154,7 +154,7 @@ def _plan_row(plan: Plan, block: BlockPlan) -> list[str]:
         f"{block.layers[0]}-{block.layers[1] - 1}",
         "x".join(map(str, plan.layers[block.layers[1] - 1].out_shape)),
         str(block.batch_size),
-        format_peak(block.predicted_peak_bytes, plan.budget_bytes),
+        format_peak(block.predicted_peak_bytes, block.budget_bytes),
         format_bytes(block.shard_bytes) if block.shard_bytes else "",
     ]
 
@@ -165,7 +165,7 @@ def _block_row(block: Mapping[str, Any], budget_bytes: int) -> list[str]:
         str(block["block_idx"] + 1),
         f"{layers[0]}-{layers[1] - 1}",
         str(block["batch_size"]),
-        format_peak(block["measured_peak_bytes"], budget_bytes),
+        format_peak(block["measured_peak_bytes"], block.get("budget_bytes", budget_bytes)),
         format_bytes(block["predicted_peak_bytes"]),
         format_duration(block["train_s"]),
         format_bytes(block["shard_bytes"]) if block["shard_bytes"] else "",
@@ -209,6 +209,7 @@ def _status_row(stage: Mapping[str, Any]) -> list[str]:
         "" if stage["updated_s"] is None else f"{format_duration(stage['updated_s'])} ago",
         str(stage["attempts"]) if stage["attempts"] else "",
         stage["attempt"] or "",
+        stage["worker"] or "",
     ]
 
 

@@ -65,6 +65,11 @@ def total_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
+def free_bytes(device: torch.device) -> int:
+    """Returns what is free on a GPU now that this process has its context there."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
 class LiveBytes(TorchDispatchMode):
     """Live tensor storage bytes of one device, real or fake.
 

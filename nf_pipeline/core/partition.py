@@ -68,6 +68,35 @@ def partition(
     return groups
 
 
+def assign_budgets(
+    units: Sequence[UnitProfile], names: Sequence[str], budgets: Sequence[int], cfg: MemoryConfig
+) -> list[tuple[int, int, int]]:
+    """Gives every unit the smallest class of workers on which it trains at all.
+
+    Args:
+        units: profiles, in order.
+        names: of the units, for errors.
+        budgets: bytes per class of workers, ascending, at least one.
+        cfg: margin and smallest batch.
+
+    Returns:
+        Runs of consecutive units with one budget: (start, stop, budget_bytes), half-open, covering all units.
+
+    Raises:
+        PlanError: a unit trains on no class; names the unit that needs the most and the largest class.
+    """
+    _check_every_unit_fits(units, names, budgets[-1], cfg)
+    runs: list[tuple[int, int, int]] = []
+    for idx, unit in enumerate(units):
+        needed = unit.peak_bytes(cfg.min_batch_size)
+        budget = next(budget for budget in budgets if needed <= effective_budget(budget, cfg))
+        if runs and runs[-1][2] == budget:
+            runs[-1] = (runs[-1][0], idx + 1, budget)
+        else:
+            runs.append((idx, idx + 1, budget))
+    return runs
+
+
 def limit_batch(
     units: Sequence[UnitProfile], names: Sequence[str], available: int, cfg: MemoryConfig, cap_name: str
 ) -> tuple[int, str]:

@@ -7,18 +7,19 @@ function: `make_plan`.
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from nf_pipeline.config import MemoryConfig, RunConfig, TrainConfig
+from nf_pipeline.config import AUTO, MemoryConfig, RunConfig, TrainConfig
 from nf_pipeline.core.layers import CutModel, cut
 from nf_pipeline.core.local_unit import LocalUnit, build_units, unit_ranges
-from nf_pipeline.core.memory import total_bytes
+from nf_pipeline.core.memory import free_bytes, total_bytes
 from nf_pipeline.core.models import build_model, suggest_model
 from nf_pipeline.core.partition import (
     Group,
+    assign_budgets,
     budget_for,
     effective_budget,
     limit_batch,
@@ -69,11 +70,13 @@ class _Network:
 class _Job:
     """What every block of a plan is decided from.
 
-    `memory` is what the run really has: its batches end at the train split, its budget at the device's memory.
+    `memory` is what the run really has: its batches end at the train split. `budgets` are bytes per class of workers,
+    ascending, none above the device's memory; a budget that the user gave is the only class.
     """
 
     cfg: RunConfig
     memory: MemoryConfig
+    budgets: tuple[int, ...]
     cap_name: str
     network: _Network
     units: list[UnitProfile]
@@ -85,6 +88,7 @@ def make_plan(
     image_shape: tuple[int, int, int],
     num_classes: int,
     split_rows: dict[str, int],
+    worker_memory_bytes: Sequence[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Decides blocks and batch sizes for a model, a data set and a budget.
@@ -95,12 +99,14 @@ def make_plan(
         num_classes: K.
         split_rows: samples per split; needs "train", and "val" where it is stored. No batch is larger than the
             train split.
+        worker_memory_bytes: what each class of workers may hold; read where the budget is "auto", when blocks are
+            made for the smallest class, and layers that it cannot train for the next.
         on_progress: called after each profiled unit with the number of units done and of all.
 
     Raises:
         PlanError: the budget is too small; names the layer and the smallest budget.
-        ConfigError: the model cannot be built, cut or predicted, or the train split is smaller than the
-            smallest batch.
+        ConfigError: the model cannot be built, cut or predicted, the train split is smaller than the smallest
+            batch, or the budget is "auto" and no worker says what it has.
     """
     _check_train_rows(split_rows["train"], cfg.memory)
     name = cfg.model.name or suggest_model(image_shape, split_rows["train"])
@@ -109,17 +115,19 @@ def make_plan(
     network = _divide(cut(model, image_shape), cfg, image_shape, num_classes)
     started = time.perf_counter()
     layers, flops_full = _describe_layers(network, image_shape)
-    memory, cap_name = _limit_memory(cfg.memory, split_rows["train"], network.device)
+    budgets = _budgets(cfg.memory, worker_memory_bytes, network.device)
+    memory, cap_name = _limit_batches(cfg.memory, split_rows["train"])
     units = _profile(network, cfg.train, memory, on_progress)
     profile_s = time.perf_counter() - started
-    blocks = _plan_blocks(_Job(cfg=cfg, memory=memory, cap_name=cap_name, network=network, units=units), split_rows)
+    job = _Job(cfg=cfg, memory=memory, budgets=budgets, cap_name=cap_name, network=network, units=units)
+    blocks = _plan_blocks(job, split_rows)
     free_probes(network.device)
     logger.info("profiled %d units of %s in %.1f s: %d blocks", len(units), name, profile_s, len(blocks))
     return Plan(
         model=name,
         num_classes=num_classes,
         image_shape=image_shape,
-        budget_bytes=cfg.memory.budget_bytes,
+        budget_bytes=budgets[0] if cfg.memory.budget_bytes == AUTO else cfg.memory.budget_bytes,
         layers=layers,
         units=tuple(units),
         blocks=blocks,
@@ -174,14 +182,25 @@ def _check_train_rows(train_rows: int, cfg: MemoryConfig) -> None:
         )
 
 
-def _limit_memory(cfg: MemoryConfig, train_rows: int, device: torch.device) -> tuple[MemoryConfig, str]:
-    """Returns limits no larger than the train split and the device, and the name of the largest batch."""
-    limits = {
-        "max_batch_size": min(cfg.max_batch_size, train_rows),
-        "budget_bytes": min(cfg.budget_bytes, total_bytes(device) or cfg.budget_bytes),
-    }
+def _limit_batches(cfg: MemoryConfig, train_rows: int) -> tuple[MemoryConfig, str]:
+    """Returns limits no larger than the train split, and the name of the largest batch."""
     cap_name = "the whole train split" if train_rows < cfg.max_batch_size else "memory.max_batch_size"
-    return cfg.model_copy(update=limits), cap_name
+    return cfg.model_copy(update={"max_batch_size": min(cfg.max_batch_size, train_rows)}), cap_name
+
+
+def _budgets(cfg: MemoryConfig, worker_memory_bytes: Sequence[int], device: torch.device) -> tuple[int, ...]:
+    """Returns the classes of workers, ascending: what the user gave, what workers say, or what this device has."""
+    device_bytes = total_bytes(device)
+    if cfg.budget_bytes != AUTO:
+        return (min(cfg.budget_bytes, device_bytes or cfg.budget_bytes),)
+    if worker_memory_bytes:
+        return tuple(sorted(set(worker_memory_bytes)))
+    if device_bytes:
+        return (free_bytes(device),)
+    raise ConfigError(
+        "memory.budget_bytes is auto, but no worker says how much memory training may hold",
+        "--memory-budget 300MiB, or start workers with: ray start ... $(nf-pipeline worker-resources)",
+    )
 
 
 def _divide(cut_model: CutModel, cfg: RunConfig, image_shape: tuple[int, int, int], num_classes: int) -> _Network:
@@ -230,9 +249,13 @@ def _profile(
 
 
 def _plan_blocks(job: _Job, split_rows: dict[str, int]) -> tuple[BlockPlan, ...]:
-    groups = _verified_groups(job)
+    groups = [
+        (*verified, budget)
+        for start, stop, budget in assign_budgets(job.units, job.network.unit_names, job.budgets, job.memory)
+        for verified in _verified_groups(job, start, stop, budget)
+    ]
     blocks = []
-    for block_idx, (group, peak_bytes) in enumerate(groups):
+    for block_idx, (group, peak_bytes, budget) in enumerate(groups):
         layers = (job.units[group.start].start, job.units[group.stop - 1].stop)
         stored_bytes = _stored_bytes(job.network.in_shapes[layers[1]], job.cfg, split_rows)
         blocks.append(
@@ -241,6 +264,7 @@ def _plan_blocks(job: _Job, split_rows: dict[str, int]) -> tuple[BlockPlan, ...]
                 units=(group.start, group.stop),
                 layers=layers,
                 batch_size=group.batch_size,
+                budget_bytes=budget,
                 predicted_peak_bytes=peak_bytes,
                 shard_bytes=0 if block_idx == len(groups) - 1 else stored_bytes,
                 reason=group.reason,
@@ -249,16 +273,19 @@ def _plan_blocks(job: _Job, split_rows: dict[str, int]) -> tuple[BlockPlan, ...]
     return tuple(blocks)
 
 
-def _verified_groups(job: _Job) -> list[tuple[Group, int]]:
-    """Partitions the units and returns the blocks with their verified peaks.
+def _verified_groups(job: _Job, start: int, stop: int, budget: int) -> list[tuple[Group, int]]:
+    """Partitions a range of units under one budget and returns the blocks with their verified peaks.
 
     A block that takes more than its units' profiles add up to, even with the smallest batch, is taken apart
     from its end. Every unit alone was found to fit, so the budget suffices.
     """
     names = job.network.unit_names
-    groups = partition(job.units, job.memory.budget_bytes, job.memory, unit_names=names, cap_name=job.cap_name)
-    available = effective_budget(job.memory.budget_bytes, job.memory)
-    pending, verified = groups[::-1], []
+    groups = partition(
+        job.units[start:stop], budget, job.memory, unit_names=names[start:stop], cap_name=job.cap_name
+    )
+    available = effective_budget(budget, job.memory)
+    pending = [replace(group, start=start + group.start, stop=start + group.stop) for group in reversed(groups)]
+    verified = []
     while pending:
         group = pending.pop()
         moved, peak_bytes = _verify(group, available, job)
@@ -273,7 +300,7 @@ def _verified_groups(job: _Job) -> list[tuple[Group, int]]:
         else:
             # Only measurements on a GPU can differ from the profile of the same unit.
             smallest = max(budget_for(peak_bytes, job.memory), smallest_budget(job.units, job.memory))
-            raise PlanError(names[group.start], peak_bytes, job.memory.budget_bytes, smallest)
+            raise PlanError(names[group.start], peak_bytes, budget, smallest)
     return verified
 
 

@@ -9,7 +9,7 @@ Shapes: N batch, C channels, H, W, K classes.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -62,6 +62,7 @@ def train_step(
     x_NCHW: torch.Tensor,
     y_N: torch.Tensor,
     precision: Precision,
+    reduce: Callable[[LocalUnit], None] | None = None,
 ) -> list[torch.Tensor]:
     """Trains every unit of a block on one mini-batch; gradients stop at each unit's input.
 
@@ -74,13 +75,15 @@ def train_step(
         x_NCHW: the block's input, float32, on the units' device.
         y_N: int64 class indices, same device.
         precision: bf16 runs forward passes and losses under autocast.
+        reduce: called with each unit between its backward pass and its optimiser step, to change the gradients
+            in place: workers that share a batch average theirs.
 
     Returns:
         One detached scalar loss per unit, still on the device.
     """
     losses = []
     for unit, optimizer in zip(units, optimizers, strict=True):
-        x_NCHW, loss = _train_unit(unit, optimizer, x_NCHW, y_N, precision)
+        x_NCHW, loss = _train_unit(unit, optimizer, x_NCHW, y_N, precision, reduce)
         losses.append(loss)
     return losses
 
@@ -117,11 +120,14 @@ def _train_unit(
     x_NCHW: torch.Tensor,
     y_N: torch.Tensor,
     precision: Precision,
+    reduce: Callable[[LocalUnit], None] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with _autocast(x_NCHW.device, precision):
         out_NCHW, logits_NK = unit(x_NCHW)
         loss = functional.cross_entropy(logits_NK, y_N)
     loss.backward()
+    if reduce is not None:
+        reduce(unit)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return out_NCHW.detach(), loss.detach()

@@ -4,13 +4,14 @@ Knows nothing of files or splits. Entry: `find_image_column`, `find_label_column
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from nf_pipeline.data.base import StoredImage, Unusable
+from nf_pipeline.data.ray_tensors import RayTensor, ray_tensor_of
 from nf_pipeline.errors import DataError
 from nf_pipeline.storage.shards import spec_of_field
 
@@ -45,11 +46,7 @@ def find_image_column(schema: pa.Schema, given: str | None, file: str) -> str:
                 _FIX_IMAGE,
             )
         return given
-    ranks = {field.name: image_rank(field) for field in schema}
-    found = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
-    best = [name for rank, name in found if rank == found[0][0]]
-    if len(best) > 1:
-        best = [name for name in best if name.lower() in IMAGE_NAMES] or best
+    best = likeliest_images({field.name: image_rank(field) for field in schema})
     if len(best) != 1:
         problem = f"columns {best} could all be the image" if best else "no column holds images"
         raise DataError(
@@ -57,6 +54,19 @@ def find_image_column(schema: pa.Schema, given: str | None, file: str) -> str:
             _FIX_IMAGE,
         )
     return best[0]
+
+
+def likeliest_images(ranks: Mapping[str, int | None]) -> list[str]:
+    """Returns the columns that are images most surely: of the best rank, and of those the ones with an image's name.
+
+    Args:
+        ranks: column -> see `image_rank`.
+    """
+    found = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
+    best = [name for rank, name in found if rank == found[0][0]]
+    if len(best) > 1:
+        best = [name for name in best if name.lower() in IMAGE_NAMES] or best
+    return best
 
 
 def find_label_column(schema: pa.Schema, given: str | None, file: str) -> str:
@@ -91,6 +101,9 @@ def is_text(kind: pa.DataType) -> bool:
 def image_rank(field: pa.Field) -> int | None:
     """Ranks how surely a column's type means images: 0 surest, None not at all."""
     kind = field.type
+    ray_tensor = ray_tensor_of(field)
+    if ray_tensor is not None:
+        return 1 if pa.types.is_uint8(ray_tensor.value_type) else None
     if pa.types.is_struct(kind):
         child = kind.field("bytes") if kind.get_field_index("bytes") >= 0 else None
         return 0 if child is not None and _is_binary(child.type) else None
@@ -107,6 +120,9 @@ def image_cells(field: pa.Field) -> Cells:
     Invariant: never raises for the content of a cell; what is no image is an `Unusable`.
     """
     kind = field.type
+    ray_tensor = ray_tensor_of(field)
+    if ray_tensor is not None:
+        return lambda array: _ray_tensors(array, ray_tensor)
     if pa.types.is_struct(kind):
         return lambda array: _encoded(pc.struct_field(array, "bytes"))
     shape = _tensor_shape(field)
@@ -146,7 +162,7 @@ def _raw_tensors(array: pa.Array, shape: tuple[int, ...]) -> Iterator[StoredImag
         tensor = np.frombuffer(data, np.uint8).reshape(shape)
         # Such columns are written by this package, channels first: (3, H, 3) is no [H, W, C] there.
         channels_first = tensor.ndim == 3 and shape[0] in _CHANNELS
-        yield tensor.transpose(1, 2, 0) if channels_first else _pixels(tensor)
+        yield tensor.transpose(1, 2, 0) if channels_first else pixels_of(tensor)
 
 
 def _shaped_tensors(array: pa.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Iterator[StoredImage]:
@@ -156,7 +172,12 @@ def _shaped_tensors(array: pa.Array, shape: tuple[int, ...], axes: tuple[int, ..
         if not cell.is_valid or cell.values.null_count:
             yield Unusable("it is null")
         else:
-            yield _pixels(cell.values.to_numpy().reshape(shape).transpose(axes))
+            yield pixels_of(cell.values.to_numpy().reshape(shape).transpose(axes))
+
+
+def _ray_tensors(array: pa.Array, tensor: RayTensor) -> Iterator[StoredImage]:
+    for cell in tensor.cells(array):
+        yield Unusable("it is null") if cell is None else pixels_of(cell)
 
 
 def _nested_lists(array: pa.Array) -> Iterator[StoredImage]:
@@ -178,11 +199,14 @@ def _nested_list(array: pa.Array) -> StoredImage:
         array = array.flatten()
     if array.null_count or 0 in shape:
         return Unusable("it has a null inside" if array.null_count else "it has no pixels")
-    return _pixels(array.to_numpy().reshape(shape))
+    return pixels_of(array.to_numpy().reshape(shape))
 
 
-def _pixels(tensor: np.ndarray) -> StoredImage:
-    # [H, W], [H, W, C] or [C, H, W] -> [H, W] or [H, W, C]
+def pixels_of(tensor: np.ndarray) -> StoredImage:
+    """Returns a uint8 tensor of shape [H, W], [H, W, C] or [C, H, W] as [H, W] or [H, W, C].
+
+    Where both fit, the last axis holds the channels. Any other shape is an `Unusable`.
+    """
     if 0 in tensor.shape:
         return Unusable("it has no pixels")
     if tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[2] in _CHANNELS):

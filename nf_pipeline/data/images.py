@@ -97,6 +97,11 @@ def open_labelled(
             yield LabelledBatch(ids=ids, images=images, labels=labels[rows])
 
 
+def resize_for(image_shape: Shape) -> int | None:
+    """Returns the `image_size` with which inputs fit a model; None where it takes no squares: sizes must agree."""
+    return image_shape[1] if image_shape[1] == image_shape[2] else None
+
+
 def _model_labels(source: Source, split: Split, class_names: tuple[str, ...]) -> np.ndarray:
     labels = source.labels(split)
     names = source.class_names

@@ -6,6 +6,7 @@ object store cannot append, and at every change of stage.
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -21,12 +22,16 @@ FLUSH_EVERY_S = 5.0
 
 
 class EventLog:
-    """Hands events to a listener and keeps the run's log; appends to what an earlier driver wrote."""
+    """Hands events to listeners and keeps the run's log; appends to what an earlier driver wrote.
 
-    def __init__(self, store: Store, key: str, listener: Listener | None) -> None:
+    Stages that run at the same time may add from several threads; a listener sees one event at a time.
+    """
+
+    def __init__(self, store: Store, key: str, *listeners: Listener) -> None:
         self._store = store
         self._key = key
-        self._listener = listener
+        self._listeners = listeners
+        self._lock = threading.RLock()
         try:
             self._lines = [bytes(store.get(key))]
         except ObjectMissing:
@@ -36,25 +41,27 @@ class EventLog:
 
     def add(self, event: Event) -> None:
         """Takes one event."""
-        if self._listener is not None:
-            self._listener(event)
-        if isinstance(event, Progress):
-            return
-        self._lines.append(json.dumps(event.to_json()).encode() + b"\n")
-        self._dirty = True
-        if not isinstance(event, EpochDone | Note) or time.monotonic() - self._flushed > FLUSH_EVERY_S:
-            self.flush()
+        with self._lock:
+            for listener in self._listeners:
+                listener(event)
+            if isinstance(event, Progress):
+                return
+            self._lines.append(json.dumps(event.to_json()).encode() + b"\n")
+            self._dirty = True
+            if not isinstance(event, EpochDone | Note) or time.monotonic() - self._flushed > FLUSH_EVERY_S:
+                self.flush()
 
     def flush(self) -> None:
         """Writes what has come since the last flush."""
-        if not self._dirty:
-            return
-        self._lines = [b"".join(self._lines)]
-        self._flushed = time.monotonic()
-        try:
-            self._store.put(self._key, self._lines[0])
-        except StorageError as error:
-            # The log is for people: losing its end must neither stop a training nor hide what did.
-            logger.warning("the event log could not be written: %s", error)
-            return
-        self._dirty = False
+        with self._lock:
+            if not self._dirty:
+                return
+            self._lines = [b"".join(self._lines)]
+            self._flushed = time.monotonic()
+            try:
+                self._store.put(self._key, self._lines[0])
+            except StorageError as error:
+                # The log is for people: losing its end must neither stop a training nor hide what did.
+                logger.warning("the event log could not be written: %s", error)
+                return
+            self._dirty = False

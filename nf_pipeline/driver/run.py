@@ -9,60 +9,65 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from nf_pipeline.config import FORMAT_VERSION, RunConfig
+from nf_pipeline.config import AUTO, FORMAT_VERSION, RunConfig
+from nf_pipeline.data.handed_over import describe_files, drop_dataset, settle_dataset, with_dataset
+from nf_pipeline.driver.blocks import BlockRuns, memory_of
 from nf_pipeline.driver.event_log import EventLog, Listener
 from nf_pipeline.driver.run_record import load_run, open_run, plan_of, read_json
 from nf_pipeline.driver.stage_runner import StageRunner, StageWork
 from nf_pipeline.driver.summary import make_summary
 from nf_pipeline.errors import AlreadyExists, ObjectCorrupt
-from nf_pipeline.events import StageSkipped
+from nf_pipeline.events import Note, StageSkipped
 from nf_pipeline.executors import open_executor
-from nf_pipeline.executors.base import Resources
+from nf_pipeline.executors.base import Executor, Resources
 from nf_pipeline.plans import Plan
-from nf_pipeline.retry import shrink_batch
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.trust import confirm_factory
-from nf_pipeline.worker.stage_input import read_block, read_ingest, read_model
+from nf_pipeline.worker.stage_input import read_ingest, read_model
 from nf_pipeline.worker.tasks import (
-    BLOCK_STAGE,
     INGEST_STAGE,
     MODEL_STAGE,
     PLAN_STAGE,
     AssembleTask,
-    BlockTask,
     PrepareTask,
     assemble_fingerprint,
-    block_fingerprint,
     plan_fingerprint,
 )
 
 
-def train(config: RunConfig, *, on_event: Listener | None = None) -> dict[str, Any]:
+def train(config: RunConfig, *, dataset: Any = None, on_event: Listener | None = None) -> dict[str, Any]:
     """Trains a model block by block under the memory budget; continues the run if it has begun.
 
     Args:
         config: the whole configuration; see `nf_pipeline.config.resolve_config`.
-        on_event: called with every event as it happens.
+        dataset: images and labels in place of `data.source`: a `ray.data.Dataset`, a `pyarrow.dataset.Dataset`, a
+            `pyarrow.Table`, or a mapping of "train", "val" and "test" to these; see `nf_pipeline.data.handed_over`.
+        on_event: called with every event as it happens, one at a time, not always in the same thread.
 
     Returns:
         The summary, as stored in summary.json.
 
     Raises:
         RunConflict: the name is taken by a run with another configuration.
+        DataError: the dataset cannot be used.
         NFError: any documented error of a stage; what is finished stays finished.
     """
     began = time.monotonic()
+    config = with_dataset(config, dataset)
     store, layout = open_store(config.storage.uri), RunLayout(config.run)
     config = open_run(store, layout, config)
-    log = EventLog(store, layout.events_jsonl, on_event)
-    try:
-        with open_executor(config.cluster) as executor:
-            run = _Run(config, store, layout, log, StageRunner(store, log, executor))
-            summary = run.all_stages(began)
-    finally:
-        log.flush()
+    handed_over = settle_dataset(store, layout, config, dataset)
+    with open_executor(config.cluster, config.run) as executor:
+        log = EventLog(store, layout.events_jsonl, executor.observe, *([on_event] if on_event else []))
+        if handed_over:
+            log.add(Note(stage="ingest", text=describe_files(handed_over)))
+        try:
+            runner = StageRunner(store, log, executor, config.run)
+            summary = _Run(config, store, layout, log, runner, executor).all_stages(began)
+        finally:
+            log.flush()
     store.put(layout.summary_json, json.dumps(summary, indent=2).encode())
     return summary
 
@@ -92,26 +97,34 @@ class _Run:
     """One pass over the stages of one run."""
 
     def __init__(
-        self, config: RunConfig, store: Store, layout: RunLayout, log: EventLog, runner: StageRunner
+        self,
+        config: RunConfig,
+        store: Store,
+        layout: RunLayout,
+        log: EventLog,
+        runner: StageRunner,
+        executor: Executor,
     ) -> None:
         self.config = config
         self.store = store
         self.layout = layout
         self.log = log
         self.runner = runner
+        self.executor = executor
         self.num_threads = config.cluster.num_threads
-        self.resources = Resources(num_cpus=self.num_threads, device=config.train.device)
-        self.skipped_s = 0.0
+        self.worker_memory_bytes = self._worker_memory()
 
     def all_stages(self, began: float) -> dict[str, Any]:
         """Brings every stage to its commit, in order, and summarises."""
+        if read_json(self.store, self.layout.plan_json) is None:
+            self.executor.check("plan", self._plan_resources())
         ingest = self.ingest()
+        drop_dataset(self.store, self.layout)
         plan = self.plan(ingest)
-        blocks: list[StageManifest] = []
-        for block_idx in range(len(plan.blocks)):
-            blocks.append(self.block(plan, block_idx, blocks[-1] if blocks else ingest))
+        runs = BlockRuns(self.config, plan, self.layout, self.runner, self.executor)
+        blocks = runs.run(ingest)
         model = self.model(plan, blocks)
-        wall_s = time.monotonic() - began + self.skipped_s
+        wall_s = time.monotonic() - began + runs.skipped_s
         return make_summary(self.config, plan, ingest, blocks, model, wall_s)
 
     def ingest(self) -> StageManifest:
@@ -147,7 +160,9 @@ class _Run:
         return plan
 
     def _make_plan(self, fingerprint: str) -> dict[str, Any]:
-        work = StageWork(name="plan", function=PLAN_STAGE, make_task=self._prepare_task, resources=self.resources)
+        work = StageWork(
+            name="plan", function=PLAN_STAGE, make_task=self._prepare_task, resources=self._plan_resources()
+        )
         document = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, **self.runner.run(work)}
         try:
             self.store.create(self.layout.plan_json, json.dumps(document, indent=2).encode())
@@ -155,41 +170,6 @@ class _Run:
             # Measured profiles differ a little from time to time: everybody goes by the plan that came first.
             return read_json(self.store, self.layout.plan_json) or document
         return document
-
-    def block(self, plan: Plan, block_idx: int, stage_input: StageManifest) -> StageManifest:
-        """Trains one block, or takes the finished one."""
-        block, key = plan.blocks[block_idx], self.layout.block_manifest(block_idx)
-        stage_name = f"block-{block_idx:03d}"
-        fingerprint = block_fingerprint(self.config, block, stage_input.content_checksum)
-        done = self.runner.committed(stage_name, key, fingerprint)
-        if done is not None:
-            self.skipped_s += done.facts["train_s"] + done.facts["write_s"]
-            return done
-
-        def make_task(attempt: str, num_attempts: int, shrunk: int) -> BlockTask:
-            batch_size = block.batch_size
-            for _ in range(shrunk):
-                batch_size = shrink_batch(stage_name, batch_size)
-            return BlockTask(
-                config=self.config,
-                plan=plan,
-                block_idx=block_idx,
-                batch_size=batch_size,
-                attempt=attempt,
-                num_attempts=num_attempts,
-                num_threads=self.num_threads,
-            )
-
-        work = StageWork(
-            name=stage_name,
-            function=BLOCK_STAGE,
-            make_task=make_task,
-            resources=self.resources,
-            commit_key=key,
-            attempts_before=self._count_attempts(self.layout.block(block_idx)),
-        )
-        self.runner.run(work)
-        return read_block(self.store, self.layout, block_idx)
 
     def model(self, plan: Plan, blocks: list[StageManifest]) -> StageManifest:
         """Chooses the exit and assembles the final model, or takes the finished one."""
@@ -202,16 +182,33 @@ class _Run:
         def make_task(attempt: str, num_attempts: int, shrunk: int) -> AssembleTask:
             return AssembleTask(config=self.config, plan=plan, attempt=attempt, num_threads=self.num_threads)
 
+        memory_bytes = max(memory_of(self.config, block) for block in plan.blocks)
         work = StageWork(
-            name="model", function=MODEL_STAGE, make_task=make_task, resources=self.resources, commit_key=key
+            name="model",
+            function=MODEL_STAGE,
+            make_task=make_task,
+            resources=Resources(
+                num_cpus=self.num_threads, device=self.config.train.device, memory_bytes=memory_bytes
+            ),
+            commit_key=key,
         )
         self.runner.run(work)
         return read_model(self.store, self.layout)
 
     def _prepare_task(self, attempt: str, num_attempts: int, shrunk: int) -> PrepareTask:
-        return PrepareTask(config=self.config, attempt=attempt, num_threads=self.num_threads)
+        return PrepareTask(
+            config=self.config,
+            attempt=attempt,
+            num_threads=self.num_threads,
+            worker_memory_bytes=self.worker_memory_bytes,
+        )
 
-    def _count_attempts(self, prefix: str) -> int:
-        depth = prefix.count("/") + 1
-        names = {key.split("/")[depth] for key, _ in self.store.list(prefix)}
-        return sum(name.startswith("attempt-") for name in names)
+    def _plan_resources(self) -> Resources:
+        """Asks for the largest worker that a block may get: a GPU's memory is measured there."""
+        budget = self.config.memory.budget_bytes
+        memory_bytes = max(self.worker_memory_bytes, default=0) if budget == AUTO else budget
+        return Resources(num_cpus=self.num_threads, device=self.config.train.device, memory_bytes=memory_bytes)
+
+    def _worker_memory(self) -> tuple[int, ...]:
+        classes = self.executor.worker_classes(self.config.train.device)
+        return tuple(kind.memory_bytes for kind in classes if kind.memory_bytes is not None)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nf_pipeline.driver.event_log import EventLog
-from nf_pipeline.errors import AlreadyExists, InternalError, ObjectCorrupt, OutOfBudget
-from nf_pipeline.events import Note, StageDone, StageFailed, StageSkipped
+from nf_pipeline.driver.event_log import EventLog, Listener
+from nf_pipeline.errors import AlreadyExists, InternalError, ObjectCorrupt, OutOfBudget, StageStopped
+from nf_pipeline.events import Event, Note, StageDone, StageFailed, StageSkipped
 from nf_pipeline.executors.base import Executor, Resources
 from nf_pipeline.retry import Decision, decide
 from nf_pipeline.storage.layout import new_attempt_id
@@ -39,13 +39,18 @@ class StageWork:
     attempts_before: int = 0
 
 
+def ignore(event: Event) -> None:
+    """Listens to nothing."""
+
+
 class StageRunner:
     """Runs stages on an executor and logs what happens to them."""
 
-    def __init__(self, store: Store, log: EventLog, executor: Executor) -> None:
-        self._store = store
+    def __init__(self, store: Store, log: EventLog, executor: Executor, run: str) -> None:
+        self.store = store
         self._log = log
         self._executor = executor
+        self._run = run
 
     def committed(self, stage: str, key: str, fingerprint: str | None) -> StageManifest | None:
         """Returns a finished stage's manifest after checking that what it names is there.
@@ -58,29 +63,33 @@ class StageRunner:
         Raises:
             ObjectCorrupt: the manifest belongs to other work, or names objects that are missing or cut short.
         """
-        manifest = read_manifest(self._store, key)
+        manifest = read_manifest(self.store, key)
         if manifest is None:
             return None
         if fingerprint is not None and manifest.fingerprint != fingerprint:
             raise ObjectCorrupt(
                 f"{key} has fingerprint {manifest.fingerprint}, this run's configuration and inputs give "
                 f"{fingerprint}",
-                self._store.uri,
+                self.store.uri,
                 f"delete {key} to repeat {stage}, or use another --run name",
             )
-        problems = verify_manifest(self._store, manifest)
+        problems = verify_manifest(self.store, manifest)
         if problems:
             raise ObjectCorrupt(
                 f"{stage} is committed, but {len(problems)} of its objects are not there as written: "
                 f"{'; '.join(problems[:3])}",
-                self._store.uri,
+                self.store.uri,
                 f"delete {key} and resume: {stage} is repeated from its input",
             )
         self._log.add(StageSkipped(stage=stage, note="finished before, verified"))
         return manifest
 
-    def run(self, work: "StageWork") -> dict[str, Any]:
+    def run(self, work: StageWork, listen: Listener = ignore) -> dict[str, Any]:
         """Runs attempts at a stage until one is done or the retry table gives up.
+
+        Args:
+            work: the stage.
+            listen: called with its events, after they are logged.
 
         Returns:
             The result of the attempt that finished; empty if another one's commit was found. What counts is the
@@ -93,7 +102,9 @@ class StageRunner:
         while True:
             attempt = new_attempt_id()
             try:
-                return self._attempt(work, attempt, failures)
+                return self._attempt(work, attempt, failures, listen)
+            except StageStopped:
+                raise
             except AlreadyExists:
                 # An attempt that was given up for lost can still finish first: its commit counts.
                 self._log.add(Note(stage=work.name, text=f"attempt {attempt}: another one committed first"))
@@ -108,15 +119,20 @@ class StageRunner:
                     raise
                 note = f"attempt {failures.total()} failed ({type(error).__name__}): {decision.value}"
                 self._log.add(Note(stage=work.name, level="warning", text=note))
-            if work.commit_key and self._store.size(work.commit_key) is not None:
+            if work.commit_key and self.store.size(work.commit_key) is not None:
                 self._log.add(Note(stage=work.name, text="the lost attempt had committed: nothing to repeat"))
                 return {}
 
-    def _attempt(self, work: "StageWork", attempt: str, failures: Counter[type[BaseException]]) -> dict[str, Any]:
-        task = work.make_task(attempt, work.attempts_before + failures.total() + 1, failures[OutOfBudget])
+    def _attempt(
+        self, work: StageWork, attempt: str, failures: Counter[type[BaseException]], listen: Listener
+    ) -> dict[str, Any]:
+        num_attempts = work.attempts_before + failures.total() + 1
+        task = work.make_task(attempt, num_attempts, failures[OutOfBudget])
+        name = f"{self._run}/{work.name} attempt {num_attempts}"
         result = None
-        for event in self._executor.run(work.name, work.function, task, work.resources):
+        for event in self._executor.run(name, work.function, task, work.resources):
             self._log.add(event)
+            listen(event)
             if isinstance(event, StageDone):
                 result = event.result
         if result is None:

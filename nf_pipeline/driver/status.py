@@ -29,7 +29,8 @@ class StageStatus:
         stage: "ingest", "plan", "block-000", ..., "model".
         state: "done", "running", "failed" or "waiting"; a killed run stays "running" with an old `updated_s`.
         attempt: id of the newest attempt, None before the first.
-        attempts: number of attempts so far.
+        attempts: number of attempts so far; in a pipelined run those at the newest round.
+        round_idx: 0-based newest round of a block; 0 where there is one.
         worker: host and process of the newest attempt.
         epoch, num_epochs: finished epochs and all epochs of a block; 0 where there are none or none yet.
         loss, val_accuracy: of the block's last unit in the last finished epoch.
@@ -43,6 +44,7 @@ class StageStatus:
     state: str = "waiting"
     attempt: str | None = None
     attempts: int = 0
+    round_idx: int = 0
     worker: str | None = None
     epoch: int = 0
     num_epochs: int = 0
@@ -144,7 +146,9 @@ def _fold(names: list[str], events: Iterable[dict[str, Any]], now_s: float) -> l
 def _take(status: StageStatus, event: dict[str, Any]) -> None:
     if event["event"] == "StageStarted":
         status.attempt, status.worker = event["attempt"], event["worker"]
-        status.attempts += 1
+        round_idx = event.get("round_idx", 0)
+        status.attempts = status.attempts + 1 if round_idx == status.round_idx else 1
+        status.round_idx = round_idx
         status.epoch = event["resumed_epochs"]
     elif event["event"] == "EpochDone":
         status.epoch, status.num_epochs = event["epoch"], event["num_epochs"]

@@ -19,7 +19,8 @@ import torch
 
 from nf_pipeline.config import DataConfig
 from nf_pipeline.core.exit_model import ExitModel, Normalise
-from nf_pipeline.data.images import open_images, open_labelled
+from nf_pipeline.data.images import open_images, open_labelled, resize_for
+from nf_pipeline.data.predictor import classify
 from nf_pipeline.data.skipped import SkippedImages
 from nf_pipeline.driver.run_record import load_plan, load_run
 from nf_pipeline.errors import ConfigError, DataError, StorageError
@@ -168,8 +169,7 @@ def export(uri: str, format_name: str, output: str, model: str | None = None) ->
 
 
 def _input_config(images: str, shape: tuple[int, int, int], image_column: str | None) -> DataConfig:
-    square = shape[1] == shape[2]
-    return DataConfig(source=images, image_size=shape[1] if square else None, image_column=image_column)
+    return DataConfig(source=images, image_size=resize_for(shape), image_column=image_column)
 
 
 def _batches(
@@ -228,16 +228,13 @@ def _write_errors(what: str, output: str) -> Iterator[None]:
         raise StorageError(f"{what} cannot be written: {reason}", output, "give a writable --output") from error
 
 
-@torch.no_grad()
 def _predictions(model: ExitModel, ids: list[str], pixels_NCHW: np.ndarray) -> pa.Table:
-    probabilities_NK = model(torch.from_numpy(pixels_NCHW)).softmax(dim=1)
-    probability_N, label_N = probabilities_NK.max(dim=1)
-    labels = label_N.tolist()
+    labels, probabilities = classify(model, pixels_NCHW)
     columns = [
         ids,
         labels,
         [model.card.class_names[label] for label in labels],
-        probability_N.numpy(),
+        probabilities,
         [model.card.exit_layer] * len(ids),
     ]
     return pa.table(

@@ -1,7 +1,7 @@
 """What every executor offers, and how a stage is found by its name."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,22 +9,66 @@ from nf_pipeline.events import Event
 
 Stage = Callable[[Any], Iterator[Event]]
 
+GPU_MEMORY = "gpu_mem_mib"
+"""Resource that a node with one GPU advertises: MiB that training may hold on it."""
+CPU_MEMORY = "cpu_mem_mib"
+"""The same of a worker that trains on its CPU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one stage needs of a worker.
+    """What one stage needs of each of its workers.
 
     Attributes:
         num_cpus: threads it computes with.
         device: "auto", "cpu" or "cuda".
+        memory_bytes: what it may hold on its device; 0 for a stage that trains nothing. Only workers that advertise
+            as much are taken, if any advertise anything.
+        num_workers: workers that run the stage together.
     """
 
     num_cpus: int
     device: str
+    memory_bytes: int = 0
+    num_workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerClass:
+    """Workers of one kind.
+
+    Attributes:
+        count: how many there are.
+        device: "cpu" or "cuda".
+        memory_bytes: what training may hold on each; None if they do not say.
+        num_cpus: of each.
+    """
+
+    count: int
+    device: str
+    memory_bytes: int | None
+    num_cpus: int
 
 
 class Executor(Protocol):
     """Runs stages; a context manager that gives back what it started."""
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether `run` may be called from several threads to run several stages at the same time."""
+        ...
+
+    def worker_classes(self, device: str) -> Sequence[WorkerClass]:
+        """Lists the workers that could train on a device ("auto", "cpu" or "cuda"), smallest memory first."""
+        ...
+
+    def check(self, name: str, resources: Resources) -> None:
+        """Finds out at once whether a stage could ever be placed.
+
+        Raises:
+            ConfigError: no worker has what it asks for; says what it asks for and what there is.
+        """
+        ...
 
     def run(self, name: str, stage: str, task: Any, resources: Resources) -> Iterator[Event]:
         """Runs one stage and yields its events as they happen.
@@ -32,13 +76,23 @@ class Executor(Protocol):
         Args:
             name: shown wherever the executor lists its tasks.
             stage: "package.module:function", a generator function of one argument.
-            task: its picklable argument.
-            resources: what the worker must have.
+            task: its picklable argument; a dataclass with a field `gang` if there are several workers, each of
+                which gets its own place in it.
+            resources: what each worker must have.
 
         Raises:
             NFError: as the stage raised it.
-            WorkerLost: the process or the node that ran the stage died.
+            WorkerLost: a process or node that ran the stage died.
+            StageStopped: `stop` was called meanwhile.
         """
+        ...
+
+    def observe(self, event: Event) -> None:
+        """Shows an event of the run where operators of the workers look."""
+        ...
+
+    def stop(self) -> None:
+        """Ends all stages that run now, and every later one at its start."""
         ...
 
     def close(self) -> None:

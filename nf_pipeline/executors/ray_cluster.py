@@ -1,15 +1,19 @@
-"""Runs every stage as a Ray task: the only module that imports Ray.
+"""Runs every stage as a Ray task.
 
 A stage becomes a streaming-generator task, so its events reach the driver as they happen and its error arrives
-as what it was. `max_calls=1` ends the worker process after each stage: that is what gives its device memory
-back (a reused worker keeps its CUDA context and cache). Ray itself never retries: it would retry with the same
-resources; `nf_pipeline.retry` decides instead.
+as what it was. On a GPU the worker process ends with its stage: that is what gives its device memory back (a reused
+process keeps its CUDA context and cache). Several workers of one stage are placed together by a placement group.
+Ray itself never retries: it would retry with the same resources; `nf_pipeline.retry` decides instead.
 """
 
 import logging
 import re
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -24,11 +28,16 @@ from ray.exceptions import (
     TaskUnschedulableError,
     WorkerCrashedError,
 )
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nf_pipeline.config import ClusterConfig
-from nf_pipeline.errors import ConfigError, InternalError, NFError, WorkerLost
+from nf_pipeline.errors import BlockError, ConfigError, InternalError, NFError, StageStopped, WorkerLost
 from nf_pipeline.events import Event
-from nf_pipeline.executors.base import Resources, load_stage
+from nf_pipeline.executors.base import Resources, WorkerClass, load_stage
+from nf_pipeline.executors.ray_metrics import RunMetrics
+from nf_pipeline.executors.ray_nodes import classes_of, find_missing, living, needs_gpu, wanted_of
+from nf_pipeline.gang import Gang
 
 logger = logging.getLogger(__name__)
 
@@ -36,68 +45,111 @@ LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # events only: the data goes through the
 STALL_TIMEOUT_S = 3600.0  # a stage reports every few seconds where it can; an hour of silence is a hang
 CONNECT_TIMEOUT_S = 10.0
 EVENT_TIMEOUT_S = 60.0  # fetching an event that is ready
+LOOK_EVERY_S = 1.0  # how soon a waiting stage notices that the run is being stopped
+LAST_WORDS_S = 5.0  # in which the other members of a gang say why one of them died
 
 
 _HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[\w.:-]+?)\]?:(?P<port>\d+)")
 
+Stream = ray.ObjectRefGenerator
 
-@ray.remote(max_calls=1, max_retries=0, num_returns="streaming")
+
 def _run_stage(stage: str, task: Any) -> Iterator[Event | None]:
     yield None  # a worker is there; what comes next may import torch and fetch a checkpoint first
     yield from load_stage(stage)(task)
 
 
+_IN_OWN_PROCESS = ray.remote(max_calls=1, max_retries=0, num_returns="streaming")(_run_stage)
+_IN_KEPT_PROCESS = ray.remote(max_retries=0, num_returns="streaming")(_run_stage)
+
+
+@ray.remote(max_retries=0, num_cpus=0)
+def _find_address() -> str:
+    """Returns an address of this node that is free now."""
+    host = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """One stage that is to be placed: its name, what each worker asks for, and how many there are."""
+
+    name: str
+    wanted: dict[str, float]
+    num_workers: int
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What a placement group reserves for one worker."""
+        return {name: amount for name, amount in self.wanted.items() if amount}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same for a task."""
+        special = {name: amount for name, amount in self.wanted.items() if name not in ("CPU", "GPU") and amount}
+        return {
+            "name": self.name,
+            "num_cpus": self.wanted["CPU"],
+            "num_gpus": self.wanted["GPU"],
+            "resources": special,
+        }
+
+
 class RayExecutor:
     """Joins the Ray at `cluster.address`, or starts a local one and stops it at the end."""
 
-    def __init__(self, cluster: ClusterConfig) -> None:
+    def __init__(self, cluster: ClusterConfig, run: str | None = None) -> None:
         """Connects.
 
         Raises:
             ConfigError: there is no Ray at the address.
         """
         self._placement_timeout_s = cluster.placement_timeout_s
+        self._is_autoscaling = cluster.autoscaling
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._num_placed = 0
         self._owns_ray = not ray.is_initialized()
-        if not self._owns_ray:
-            return
-        if cluster.address is not None:
-            _check_reachable(cluster.address)
-        try:
-            if cluster.address is None:
-                # "local": a bare init joins whatever a file in the temporary folder points at. Token
-                # authentication is left as the environment says; Ray reads RAY_AUTH_MODE when it is imported
-                # and since 2.59 turns it on for local clusters by itself.
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                )
-            else:
-                ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"cannot reach a Ray cluster at {cluster.address or 'this machine'}: {error}",
-                "check --address, or leave it out to start a local Ray, or use --executor inline",
-            ) from error
+        if self._owns_ray:
+            _connect(cluster)
+        self._metrics = RunMetrics(run) if run is not None else None
+
+    @property
+    def is_parallel(self) -> bool:
+        """Ray runs as many stages at the same time as it has room for."""
+        return True
+
+    def worker_classes(self, device: str) -> Sequence[WorkerClass]:
+        """Lists the nodes that could train, smallest memory first; see `Executor.worker_classes`."""
+        return classes_of(device, living(ray.nodes()))
+
+    def check(self, name: str, resources: Resources) -> None:
+        """Compares with what the nodes have; where nodes may still come nothing can be said."""
+        missing = None if self._is_autoscaling else self._find_missing(self._request(name, resources))
+        if missing is not None:
+            raise _unplaceable(name, missing)
 
     def run(self, name: str, stage: str, task: Any, resources: Resources) -> Iterator[Event]:
         """Submits the stage and yields its events; see `Executor.run`."""
-        wanted = self._wanted(resources)
-        self._check_feasible(name, wanted)
-        events = _run_stage.options(name=name, **wanted).remote(stage, task)
-        finished = False
-        try:
-            self._next_event(name, events, self._placement_timeout_s, wanted)
-            while not finished:
-                event = self._next_event(name, events, STALL_TIMEOUT_S, wanted)
-                finished = event is None
-                if event is not None:
-                    yield event
-        finally:
-            if not finished:
-                ray.cancel(events, force=True)
+        request = self._request(name, resources)
+        self._await_room(request)
+        on_gpu = request.wanted["GPU"] > 0
+        function = _IN_OWN_PROCESS if on_gpu else _IN_KEPT_PROCESS
+        with self._submitted(request, function, stage, task) as streams:
+            self._await_hello(request, streams)
+            with self._placed():
+                yield from self._events(request, streams)
+
+    def observe(self, event: Event) -> None:
+        """Turns the event into Ray metrics."""
+        if self._metrics is not None:
+            self._metrics.observe(event)
+
+    def stop(self) -> None:
+        """Ends all running stages within a second or two."""
+        self._stopping.set()
 
     def close(self) -> None:
         """Stops the local Ray, or leaves the cluster it joined."""
@@ -110,51 +162,191 @@ class RayExecutor:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    @staticmethod
-    def _wanted(resources: Resources) -> dict[str, float]:
-        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        needs_gpu = resources.device == "cuda" or (resources.device == "auto" and has_gpus)
-        return {"num_cpus": resources.num_cpus, "num_gpus": 1 if needs_gpu else 0}
+    def _request(self, name: str, resources: Resources) -> _Request:
+        nodes = living(ray.nodes())
+        if resources.device == "auto" and needs_gpu("auto", nodes):
+            resources = replace(resources, device="cuda")
+        return _Request(name=name, wanted=wanted_of(resources, nodes), num_workers=resources.num_workers)
 
     @staticmethod
-    def _check_feasible(name: str, wanted: dict[str, float]) -> None:
-        # Ray lets a task that no node can ever hold wait silently.
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        for node in nodes:
-            if node.get("CPU", 0) >= wanted["num_cpus"] and node.get("GPU", 0) >= wanted["num_gpus"]:
-                return
-        has = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
-        raise ConfigError(
-            f"{name} asks for {wanted['num_cpus']:g} CPU and {wanted['num_gpus']:g} GPU on one node; "
-            f"the cluster's nodes have: {has or 'none'}",
-            "--set cluster.num_threads to what a node has, --device cpu, or add a node",
-        )
+    def _find_missing(request: _Request) -> str | None:
+        return find_missing(request.wanted, request.num_workers, living(ray.nodes()))
 
-    def _next_event(
-        self, name: str, events: "ray.ObjectRefGenerator", timeout_s: float, wanted: dict[str, float]
-    ) -> Event | None:
-        ready, _ = ray.wait([events], timeout=timeout_s)
-        if not ready:
-            raise WorkerLost(
-                name,
-                f"no word from a worker for {timeout_s:g} s (asked for {wanted}, "
-                f"free now: {ray.available_resources()})",
-                "free a worker, add one, or raise --set cluster.placement_timeout_s",
-            )
+    def _await_room(self, request: _Request) -> None:
+        """Waits for a node that could hold the stage: one that was lost may be replaced.
+
+        Ray lets a task that no node can ever hold wait silently. An autoscaler must see it wait.
+        """
+        deadline = time.monotonic() + self._placement_timeout_s
+        while not self._is_autoscaling and (missing := self._find_missing(request)) is not None:
+            self._check_stopping(request.name)
+            if time.monotonic() > deadline:
+                raise _unplaceable(request.name, missing)
+            time.sleep(LOOK_EVERY_S)
+
+    @contextmanager
+    def _submitted(self, request: _Request, function: Any, stage: str, task: Any) -> Iterator[list[Stream]]:
+        """Submits one task per worker; what still runs at the end is cancelled."""
+        if request.num_workers == 1:
+            streams = [function.options(**request.options).remote(stage, task)]
+            try:
+                yield streams
+            finally:
+                _cancel(streams)
+            return
+        group = placement_group([request.bundle] * request.num_workers, name=request.name)
+        streams = []
         try:
-            return ray.get(next(events), timeout=EVENT_TIMEOUT_S)
-        except StopIteration:
-            return None
-        except RayTaskError as error:
-            raise _cause_of(error) from None
-        except OutOfMemoryError as error:
-            raise WorkerLost(name, f"Ray ended it for host memory: {error}", "give the worker more memory") from None
-        except (WorkerCrashedError, NodeDiedError, LocalRayletDiedError, ObjectLostError, GetTimeoutError) as error:
-            raise WorkerLost(name, type(error).__name__, "see the Ray logs of that worker") from None
-        except TaskUnschedulableError as error:
-            raise ConfigError(f"{name} cannot be placed: {error}", "add a node that holds it") from None
-        except RayError as error:
-            raise InternalError(f"{name}: {type(error).__name__}: {error}") from error
+            self._wait_for(request, lambda timeout_s: group.wait(timeout_s))
+            streams += _submit_gang(request, function, stage, task, group)
+            yield streams
+        finally:
+            _cancel(streams)
+            remove_placement_group(group)
+
+    def _await_hello(self, request: _Request, streams: list[Stream]) -> None:
+        for stream in streams:
+            self._wait_for(request, lambda timeout_s, s=stream: bool(ray.wait([s], timeout=timeout_s)[0]))
+            _next_event(request.name, stream)
+
+    def _wait_for(self, request: _Request, is_ready: Callable[[float], bool]) -> None:
+        """Waits until workers are there; the time counts only while no other stage of this run holds any."""
+        waited_s = 0.0
+        while not is_ready(LOOK_EVERY_S):
+            self._check_stopping(request.name)
+            waited_s = 0.0 if self._num_placed else waited_s + LOOK_EVERY_S
+            if waited_s >= self._placement_timeout_s:
+                raise BlockError(
+                    request.name,
+                    f"no worker became free within {self._placement_timeout_s:g} s (asked for {request.num_workers} "
+                    f"x {request.bundle}, free now: {_free_resources()})",
+                    "free a worker, add one, or raise --set cluster.placement_timeout_s",
+                )
+
+    @contextmanager
+    def _placed(self) -> Iterator[None]:
+        with self._lock:
+            self._num_placed += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_placed -= 1
+
+    def _events(self, request: _Request, streams: list[Stream]) -> Iterator[Event]:
+        """Yields the events of the first worker, which speaks for all; an error of any ends the stage."""
+        pending, heard = list(streams), time.monotonic()
+        while pending:
+            ready, _ = ray.wait(pending, timeout=LOOK_EVERY_S)
+            self._check_stopping(request.name)
+            if ready:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > STALL_TIMEOUT_S:
+                raise WorkerLost(request.name, f"no word from its worker for {STALL_TIMEOUT_S:g} s", "resume the run")
+            for stream in ready:
+                try:
+                    event = _next_event(request.name, stream)
+                except WorkerLost as lost:
+                    raise _reason(request.name, [s for s in pending if s is not stream], lost) from None
+                if event is None:
+                    pending.remove(stream)
+                elif stream is streams[0]:
+                    yield event
+
+    def _check_stopping(self, name: str) -> None:
+        if self._stopping.is_set():
+            raise StageStopped(f"{name} was stopped")
+
+
+def _connect(cluster: ClusterConfig) -> None:
+    if cluster.address is not None:
+        _check_reachable(cluster.address)
+    try:
+        if cluster.address is None:
+            # "local": a bare init joins whatever a file in the temporary folder points at. Token
+            # authentication is left as the environment says; Ray reads RAY_AUTH_MODE when it is imported
+            # and since 2.59 turns it on for local clusters by itself.
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            )
+        else:
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"cannot reach a Ray cluster at {cluster.address or 'this machine'}: {error}",
+            "check --address, or leave it out to start a local Ray, or use --executor inline",
+        ) from error
+
+
+def _submit_gang(request: _Request, function: Any, stage: str, task: Any, group: Any) -> list[Stream]:
+    def on(bundle_idx: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle_idx)
+
+    address = ray.get(_find_address.options(scheduling_strategy=on(0)).remote(), timeout=EVENT_TIMEOUT_S)
+    size = request.num_workers
+    return [
+        function.options(scheduling_strategy=on(rank), **request.options).remote(
+            stage, replace(task, gang=Gang(rank=rank, size=size, address=address))
+        )
+        for rank in range(size)
+    ]
+
+
+def _cancel(streams: list[Stream]) -> None:
+    for stream in streams:
+        if not stream.is_finished():
+            ray.cancel(stream, force=True)
+
+
+def _next_event(name: str, stream: Stream) -> Event | None:
+    """Takes an event that is ready; None at the end of the stage."""
+    try:
+        return ray.get(next(stream), timeout=EVENT_TIMEOUT_S)
+    except StopIteration:
+        return None
+    except RayTaskError as error:
+        raise _cause_of(error) from None
+    except OutOfMemoryError as error:
+        raise WorkerLost(name, f"Ray ended it for host memory: {error}", "give the worker more memory") from None
+    except (WorkerCrashedError, NodeDiedError, LocalRayletDiedError, ObjectLostError, GetTimeoutError) as error:
+        raise WorkerLost(name, type(error).__name__, "see the Ray logs of that worker") from None
+    except TaskUnschedulableError as error:
+        raise ConfigError(f"{name} cannot be placed: {error}", "add a node that holds it") from None
+    except RayError as error:
+        raise InternalError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _reason(name: str, others: list[Stream], lost: WorkerLost) -> NFError:
+    """Finds out why a member of a gang was lost: one that fails takes the others' connection with it."""
+    deadline = time.monotonic() + LAST_WORDS_S
+    while others and (left_s := deadline - time.monotonic()) > 0:
+        ready, others = ray.wait(others, timeout=left_s)
+        for stream in ready:
+            try:
+                if _next_event(name, stream) is not None:
+                    others.append(stream)
+            except WorkerLost:
+                pass
+            except NFError as error:
+                return error
+    return lost
+
+
+def _free_resources() -> dict[str, float]:
+    hidden = ("node:", "memory", "object_store_memory", "bundle", "accelerator_type")
+    return {name: amount for name, amount in ray.available_resources().items() if not name.startswith(hidden)}
+
+
+def _unplaceable(name: str, missing: str) -> ConfigError:
+    return ConfigError(
+        f"{name} {missing}",
+        "--set cluster.num_threads or --memory-budget to what a node has (auto takes the smallest), --device cpu, "
+        "or add a node",
+    )
 
 
 def _check_reachable(address: str) -> None:

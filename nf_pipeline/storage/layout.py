@@ -1,8 +1,10 @@
 """Every key of a run: nothing else joins paths.
 
     RUN/run.json  plan.json  events.jsonl  summary.json
+    RUN/dataset/manifest.json     dataset/train-00000.parquet     of a data set handed over, until it is ingested
     RUN/ingest/manifest.json      ingest/attempt-ID/train-00000.parquet
     RUN/blocks/000/manifest.json  blocks/000/attempt-ID/weights.safetensors
+    RUN/blocks/000/rounds/00000/manifest.json     of rounds before a pipelined block's last
                                   blocks/000/attempt-ID/{checkpoint.json,checkpoint-00001.safetensors}
                                   blocks/000/attempt-ID/activations/train-00000.parquet
     RUN/model/manifest.json       model/{model.safetensors,model.json,README.md}
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from nf_pipeline.errors import InternalError
 
 _BLOCK_STAGE = re.compile(r"block-(\d{3,})")
+_ROUND_MANIFEST = re.compile(r"/rounds/(\d{5,})/manifest\.json$")
 
 
 def new_attempt_id() -> str:
@@ -56,6 +59,20 @@ class RunLayout:
         return f"{self.run}/summary.json"
 
     @property
+    def dataset(self) -> str:
+        """Prefix of the copy of a data set that was handed over as an object."""
+        return f"{self.run}/dataset"
+
+    @property
+    def dataset_manifest(self) -> str:
+        """Commit of that copy."""
+        return f"{self.dataset}/manifest.json"
+
+    def dataset_file(self, split: str, file_idx: int) -> str:
+        """One file of that copy; its name tells the split."""
+        return f"{self.dataset}/{split}-{file_idx:05d}.parquet"
+
+    @property
     def ingest_manifest(self) -> str:
         """Commit of the ingested images."""
         return f"{self.run}/ingest/manifest.json"
@@ -80,6 +97,29 @@ class RunLayout:
     def block_manifest(self, block_idx: int) -> str:
         """Commit of a block."""
         return f"{self.block(block_idx)}/manifest.json"
+
+    def rounds(self, block_idx: int) -> str:
+        """Prefix of the commits of a block's rounds before the last."""
+        return f"{self.block(block_idx)}/rounds"
+
+    def round_manifest(self, block_idx: int, round_idx: int, num_rounds: int) -> str:
+        """Commit of one round of a block; that of the last round is the block's own."""
+        if round_idx == num_rounds - 1:
+            return self.block_manifest(block_idx)
+        return f"{self.rounds(block_idx)}/{round_idx:05d}/manifest.json"
+
+    def round_of(self, key: str) -> int | None:
+        """Reads the round back from the key of a `round_manifest` before the last; None for any other key."""
+        match = _ROUND_MANIFEST.search(key)
+        return int(match.group(1)) if match else None
+
+    def publication(self, block_idx: int, round_idx: int, part: int) -> str:
+        """Record of the shards that one writer has finished while a round's activations are being written."""
+        return f"{self.block(block_idx)}/publishing/{round_idx:05d}-{part:03d}.json"
+
+    def part_record(self, prefix: str, part: int) -> str:
+        """Shards that one of several workers wrote, below a block attempt's prefix."""
+        return f"{prefix}/part-{part:03d}.json"
 
     def block_attempt(self, block_idx: int, attempt: str) -> str:
         """Prefix of one attempt at a block."""

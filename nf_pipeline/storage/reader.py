@@ -2,7 +2,8 @@
 
 The shards of an epoch are put in random order and cut into windows; all rows of a window are shuffled
 together. While one window is consumed, threads fetch and decode the next. The result depends on (seed, epoch)
-only, never on timing. Deliberately knows nothing of torch: a batch is bytes. Entry class: `ShardReader`.
+and the part only, never on timing. Deliberately knows nothing of torch: a batch is bytes; nor of how shards
+that are still being written are waited for: that is a `ShardList`'s work. Entry class: `ShardReader`.
 """
 
 import time
@@ -11,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from nf_pipeline.errors import StorageError
-from nf_pipeline.storage.shards import Shard, ShardInfo, TensorSpec, read_shard
+from nf_pipeline.errors import ObjectCorrupt, StorageError
+from nf_pipeline.storage.parts import WHOLE, Part, divide_rows, step_sizes
+from nf_pipeline.storage.shards import REPEAT_FIX, Shard, ShardInfo, TensorSpec, read_shard
 from nf_pipeline.storage.store import Store
 
 _ALIGNMENT_BYTES = 64
@@ -36,27 +39,57 @@ class Batch:
     sample_ids: np.ndarray
 
 
-def divide_rows(num_rows: int, batch_size: int, *, even: bool) -> list[int]:
-    """Returns the size of every batch of an epoch.
+class ShardList(Protocol):
+    """The shards of a split in stored order; some may still be being written.
 
-    There are ceil(num_rows / batch_size) batches. Even ones differ by one sample at most, so that no step of
-    training rests on a few samples, and none on a single one, which batch normalisation refuses. Only pairs
-    cannot keep that promise: of an odd number of rows in batches of two the last row is left out.
-
-    Args:
-        num_rows: samples of the split.
-        batch_size: no batch is larger.
-        even: larger batches come first; False gives full batches and a short last one.
+    How many there are and how many rows each has must be known beforehand: the batches follow from it.
     """
-    num_batches = -(-num_rows // batch_size)
-    if not num_batches:
-        return []
-    if not even:
-        return [batch_size] * (num_batches - 1) + [num_rows - (num_batches - 1) * batch_size]
-    if batch_size == 2 and num_rows > 2:
-        return [2] * (num_rows // 2)
-    size, num_larger = divmod(num_rows, num_batches)
-    return [size + 1] * num_larger + [size] * (num_batches - num_larger)
+
+    def __len__(self) -> int:
+        """Number of shards, those to come included."""
+
+    def num_rows(self, shard_idx: int) -> int:
+        """Rows of a shard; never blocks."""
+
+    def get(self, shard_idx: int) -> ShardInfo:
+        """Returns a shard's description as soon as the shard is stored; may block.
+
+        Called in the prefetching threads, for several shards at once. What it raises ends the epoch and
+        reaches the reader's consumer.
+        """
+
+    def close(self) -> None:
+        """Ends every `get` that blocks, now and later, with an exception; what is stored stays available.
+
+        The reader calls it whenever an epoch ends, however it ends, possibly before the last shard was asked for.
+        """
+
+
+class _StoredShards:
+    """A list whose shards are all there."""
+
+    def __init__(self, shards: Sequence[ShardInfo]) -> None:
+        self._shards = tuple(shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def num_rows(self, shard_idx: int) -> int:
+        return self._shards[shard_idx].num_rows
+
+    def get(self, shard_idx: int) -> ShardInfo:
+        return self._shards[shard_idx]
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """The rows of one shard that belong to the reader's part, counted from the shard's first."""
+
+    shard_idx: int
+    rows: range
 
 
 class ShardReader:
@@ -68,9 +101,10 @@ class ShardReader:
 
     Args:
         store: where the shards are.
-        shards: as the manifest lists them.
+        shards: as the manifest lists them, or a `ShardList`, which waits for those that are not there yet.
         spec: of their tensors.
         batch_size: samples per batch, at most.
+        part: which rows to read; only shards that hold some of them are fetched.
         window_shards: shards whose rows are shuffled together.
         prefetch_threads: shards fetched and decoded at the same time.
 
@@ -81,34 +115,52 @@ class ShardReader:
     def __init__(
         self,
         store: Store,
-        shards: Sequence[ShardInfo],
+        shards: Sequence[ShardInfo] | ShardList,
         spec: TensorSpec,
         *,
         batch_size: int,
+        part: Part = WHOLE,
         window_shards: int = 4,
         prefetch_threads: int = 2,
     ) -> None:
         self.wait_s = 0.0
         self._store = store
-        self._shards = tuple(shards)
+        self._shards: ShardList = _StoredShards(shards) if isinstance(shards, Sequence) else shards
         self._spec = spec
         self._batch_size = batch_size
+        self._part = part
         self._window_shards = window_shards
         self._prefetch_threads = prefetch_threads
 
     @property
     def num_rows(self) -> int:
-        """Samples of the split."""
-        return sum(shard.num_rows for shard in self._shards)
+        """Samples of the part."""
+        return len(self._part.rows(self.num_rows_total))
+
+    @property
+    def num_rows_total(self) -> int:
+        """Samples of the whole split."""
+        return sum(self._shards.num_rows(shard_idx) for shard_idx in range(len(self._shards)))
 
     def num_batches(self, *, even: bool = False) -> int:
-        """Batches of one epoch (see `batches`)."""
-        return len(divide_rows(self.num_rows, self._batch_size, even=even))
+        """Batches of one epoch (see `batches`); as many even ones as every other part of the split has."""
+        return len(self._batch_sizes(even))
+
+    def step_sizes(self) -> list[int]:
+        """Samples of every even batch of one epoch, over all parts of the split."""
+        return step_sizes(self.num_rows_total, self._batch_size, self._part.count)
 
     def batches(
-        self, *, seed: int, epoch: int, shuffle: bool, even: bool = False, timeout_s: float = 300.0
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        shuffle: bool,
+        even: bool = False,
+        shuffle_shards: bool = True,
+        timeout_s: float = 300.0,
     ) -> Iterator[Batch]:
-        """Yields one epoch, every row exactly once (for the one exception see `divide_rows`).
+        """Yields one epoch of the part, every row exactly once (for the exceptions see `divide_rows`).
 
         Rows that share a batch come in stored order within it, so that copying them reads memory forwards;
         which rows share a batch is random.
@@ -119,21 +171,21 @@ class ShardReader:
             shuffle: False gives stored order.
             even: batches of about the same size, for training, see `divide_rows`; False gives full batches and
                 a short last one.
+            shuffle_shards: False keeps the windows in stored order and shuffles inside each: for an epoch that
+                reads shards while they are being written. Without `shuffle` it has no meaning.
             timeout_s: longest wait for the next shards.
 
         Raises:
             ObjectMissing, ObjectCorrupt: a shard is not what the manifest says.
             StorageError: the store failed, or sent nothing within the time.
+            Exception: whatever a `ShardList` raised.
         """
         random = np.random.default_rng([seed, epoch])
-        order = random.permutation(len(self._shards)) if shuffle else np.arange(len(self._shards))
-        chosen = [self._shards[shard_idx] for shard_idx in order]
-        step = self._window_shards
-        windows = [chosen[start : start + step] for start in range(0, len(chosen), step)]
+        windows = self._windows(random if shuffle and shuffle_shards else None)
         pool = ThreadPoolExecutor(self._prefetch_threads, thread_name_prefix="shard-reader")
         hangs = False
         try:
-            filler = _BatchFiller(self._spec.nbytes, divide_rows(self.num_rows, self._batch_size, even=even))
+            filler = _BatchFiller(self._spec.nbytes, self._batch_sizes(even))
             for window in self._fetched(pool, windows, timeout_s):
                 rows = _row_order(window, random if shuffle else None)
                 yield from filler.fill(window, rows)
@@ -145,10 +197,30 @@ class ShardReader:
             fix = "check the store and the network, then resume"
             raise StorageError(str(error), self._store.uri, fix) from None
         finally:
+            self._shards.close()  # before the threads are waited for: they may be in `get`
             pool.shutdown(wait=not hangs, cancel_futures=True)
 
+    def _batch_sizes(self, even: bool) -> list[int]:
+        return divide_rows(self.num_rows_total, self._batch_size, even=even, part=self._part)
+
+    def _windows(self, random: np.random.Generator | None) -> list[list[_Piece]]:
+        pieces = self._pieces()
+        order = np.arange(len(pieces)) if random is None else random.permutation(len(pieces))
+        chosen = [pieces[position] for position in order]
+        return [chosen[start : start + self._window_shards] for start in range(0, len(chosen), self._window_shards)]
+
+    def _pieces(self) -> list[_Piece]:
+        wanted, first, pieces = self._part.rows(self.num_rows_total), 0, []
+        for shard_idx in range(len(self._shards)):
+            num_rows = self._shards.num_rows(shard_idx)
+            rows = range(max(0, wanted.start - first), min(num_rows, wanted.stop - first))
+            if rows:
+                pieces.append(_Piece(shard_idx=shard_idx, rows=rows))
+            first += num_rows
+        return pieces
+
     def _fetched(
-        self, pool: ThreadPoolExecutor, windows: Sequence[Sequence[ShardInfo]], timeout_s: float
+        self, pool: ThreadPoolExecutor, windows: Sequence[Sequence[_Piece]], timeout_s: float
     ) -> Iterator[list[Shard]]:
         pending = self._fetch(pool, windows[0]) if windows else []
         for following in [*windows[1:], ()]:
@@ -156,8 +228,16 @@ class ShardReader:
             pending = self._fetch(pool, following)
             yield window
 
-    def _fetch(self, pool: ThreadPoolExecutor, window: Sequence[ShardInfo]) -> list[Future[Shard]]:
-        return [pool.submit(read_shard, self._store, shard, self._spec) for shard in window]
+    def _fetch(self, pool: ThreadPoolExecutor, window: Sequence[_Piece]) -> list[Future[Shard]]:
+        return [pool.submit(self._read, piece) for piece in window]
+
+    def _read(self, piece: _Piece) -> Shard:
+        info, num_rows = self._shards.get(piece.shard_idx), self._shards.num_rows(piece.shard_idx)
+        if info.num_rows != num_rows:
+            what = f"shard {info.key} has {info.num_rows} rows, want {num_rows}"
+            raise ObjectCorrupt(what, self._store.uri, REPEAT_FIX)
+        shard = read_shard(self._store, info, self._spec)
+        return shard if len(piece.rows) == num_rows else _cut(shard, piece.rows)
 
     def _wait(self, pending: list[Future[Shard]], timeout_s: float) -> list[Shard]:
         start = time.perf_counter()
@@ -221,6 +301,11 @@ class _BatchFiller:
         self._sizes_left.popleft()
         self._filled = 0
         return batch
+
+
+def _cut(shard: Shard, rows: range) -> Shard:
+    chosen = slice(rows.start, rows.stop)
+    return Shard(tensors=shard.tensors[chosen], labels=shard.labels[chosen], sample_ids=shard.sample_ids[chosen])
 
 
 def _row_order(window: Sequence[Shard], random: np.random.Generator | None) -> np.ndarray:

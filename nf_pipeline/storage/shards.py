@@ -93,6 +93,16 @@ class Shard:
     sample_ids: np.ndarray
 
 
+def rows_per_shard(spec: TensorSpec, shard_bytes: int) -> int:
+    """Returns how many samples a full shard holds, at least one.
+
+    Args:
+        spec: of every sample.
+        shard_bytes: tensor bytes per shard.
+    """
+    return max(1, shard_bytes // spec.nbytes)
+
+
 def shard_schema(spec: TensorSpec) -> pa.Schema:
     """Returns the Parquet schema of shards with such tensors."""
     metadata = {_DTYPE_KEY: spec.dtype.encode(), _SHAPE_KEY: json.dumps(list(spec.shape)).encode()}
@@ -134,6 +144,7 @@ class ShardWriter:
         shard_bytes: tensor bytes per shard; a shard holds at least one sample.
         upload_threads: shards encoded and uploaded at the same time.
         timeout_s: longest wait for one upload.
+        on_stored: called with a shard's index and description as soon as it is stored, in an upload thread.
     """
 
     def __init__(
@@ -145,12 +156,14 @@ class ShardWriter:
         upload_threads: int = 2,
         *,
         timeout_s: float = 600.0,
+        on_stored: Callable[[int, ShardInfo], None] | None = None,
     ) -> None:
         self._store = store
         self._make_key = make_key
+        self._on_stored = on_stored
         self._spec = spec
         self._timeout_s = timeout_s
-        self._rows_per_shard = max(1, shard_bytes // spec.nbytes)
+        self._rows_per_shard = rows_per_shard(spec, shard_bytes)
         self._pool = ThreadPoolExecutor(upload_threads, thread_name_prefix="shard-writer")
         self._spare: queue.Queue[_ShardBuffer] = queue.Queue()
         self._unmade_buffers = upload_threads + 1
@@ -245,19 +258,23 @@ class ShardWriter:
 
     def _upload_open(self) -> None:
         buffer, self._open = self._open, None
-        key = self._make_key(len(self._uploads))
-        upload = self._pool.submit(self._upload, key, buffer)
+        upload = self._pool.submit(self._upload, len(self._uploads), buffer)
         self._uploads.append(upload)
         self._unseen.append(upload)
 
-    def _upload(self, key: str, buffer: "_ShardBuffer") -> ShardInfo:
+    def _upload(self, shard_idx: int, buffer: "_ShardBuffer") -> ShardInfo:
+        key = self._make_key(shard_idx)
         try:
             encoded = buffer.encode()
             self._store.put(key, encoded)
-            return ShardInfo(key=key, num_bytes=len(encoded), num_rows=buffer.num_rows, checksum=checksum_of(encoded))
+            rows, checksum = buffer.num_rows, checksum_of(encoded)
+            shard = ShardInfo(key=key, num_bytes=len(encoded), num_rows=rows, checksum=checksum)
         finally:
             buffer.num_rows = 0
             self._spare.put(buffer)
+        if self._on_stored is not None:
+            self._on_stored(shard_idx, shard)
+        return shard
 
     def _finished(self, upload: Future[ShardInfo]) -> ShardInfo:
         if upload.cancelled():

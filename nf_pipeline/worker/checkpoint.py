@@ -18,8 +18,12 @@ from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, Storag
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import checksum_of
 from nf_pipeline.storage.store import Store
+from nf_pipeline.worker.stage_input import read_round
+from nf_pipeline.worker.tasks import BlockTask, num_rounds
 
 logger = logging.getLogger(__name__)
+
+RESTORE_TRIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +36,9 @@ class CheckpointRecord:
         epoch: epochs that are done.
         key, checksum: the tensors; empty as long as no epoch is done.
         val_correct: validation samples that each unit of the block classified correctly after that epoch.
+        num_val: of so many.
         peak_bytes: measured so far.
-        train_s, loader_wait_s: seconds spent so far, over all attempts.
+        train_s, loader_wait_s, write_s: seconds spent so far, over all attempts.
     """
 
     fingerprint: str
@@ -42,9 +47,11 @@ class CheckpointRecord:
     key: str = ""
     checksum: str = ""
     val_correct: list[int] = field(default_factory=list)
+    num_val: int = 0
     peak_bytes: int = 0
     train_s: float = 0.0
     loader_wait_s: float = 0.0
+    write_s: float = 0.0
 
 
 def pack_units(units: Sequence[nn.Module], first_unit: int) -> dict[str, torch.Tensor]:
@@ -132,6 +139,42 @@ def find_checkpoint(
         if newer and same_work and store.size(record.key) is not None:
             newest = record
     return newest
+
+
+def restore(
+    store: Store,
+    layout: RunLayout,
+    task: BlockTask,
+    fingerprint: str | None,
+    units: Sequence[nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> CheckpointRecord:
+    """Fills in the newest state: of this round, else of the end of the round before, else none.
+
+    Args:
+        fingerprint: of the round; None while its input is not complete, when it can have no checkpoint.
+
+    Returns:
+        The record of the state; the next epoch to train is its `epoch`.
+
+    Raises:
+        ObjectCorrupt: the tensors are not those that the record names.
+    """
+    for _ in range(RESTORE_TRIES):
+        record = None
+        if fingerprint is not None:
+            record = find_checkpoint(store, layout, task.block_idx, fingerprint, task.batch_size)
+        if record is None and task.round_idx > 0:
+            before = read_round(store, layout, task.block_idx, task.round_idx - 1, num_rounds(task.config))
+            record = CheckpointRecord(**before.facts["checkpoint"])
+        if record is None:
+            break
+        try:
+            load_checkpoint(store, record, units, optimizers)
+        except ObjectMissing:
+            continue  # an attempt that was given up for lost goes on and has moved to its next epoch
+        return record
+    return CheckpointRecord(fingerprint=fingerprint or "", batch_size=task.batch_size)
 
 
 def load_checkpoint(

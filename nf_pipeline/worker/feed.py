@@ -6,6 +6,7 @@ from the moment the consumer tracks it.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,9 +15,26 @@ from nf_pipeline.core.dtypes import TORCH_DTYPES
 from nf_pipeline.core.exit_model import Normalise
 from nf_pipeline.core.memory import PeakMeter
 from nf_pipeline.storage.manifest import StageManifest
+from nf_pipeline.storage.parts import WHOLE, Part
 from nf_pipeline.storage.reader import Batch, ShardReader
 from nf_pipeline.storage.shards import TensorSpec
 from nf_pipeline.storage.store import Store
+from nf_pipeline.worker.augment import augment_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How images are changed as they are read.
+
+    Attributes:
+        kind: "flip" or "crop_flip".
+        seed: of the run.
+        view: fixed for every pass; None changes the images anew each epoch.
+    """
+
+    kind: str
+    seed: int
+    view: int | None = None
 
 
 class DeviceBatch:
@@ -51,16 +69,23 @@ class Feed:
         spec: TensorSpec,
         device: torch.device,
         normalise: Normalise | None,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self._reader = reader
+        self._augmentation = augmentation
         self._spec = spec
         self._device = device
         self._normalise = normalise
 
     @property
     def num_rows(self) -> int:
-        """Samples in the split."""
+        """Samples that this feed yields: the split's, or those of one part of it."""
         return self._reader.num_rows
+
+    @property
+    def num_rows_total(self) -> int:
+        """Samples of the whole split."""
+        return self._reader.num_rows_total
 
     @property
     def wait_s(self) -> float:
@@ -71,18 +96,32 @@ class Feed:
         """Returns the steps of one pass."""
         return self._reader.num_batches(even=even)
 
+    def step_sizes(self) -> list[int]:
+        """Returns the samples of every training step of one pass, over all parts of the split."""
+        return self._reader.step_sizes()
+
     def batches(
-        self, *, seed: int = 0, epoch: int = 0, shuffle: bool = False, even: bool = False
+        self,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        shuffle: bool = False,
+        shuffle_shards: bool = True,
+        even: bool = False,
     ) -> Iterator[DeviceBatch]:
         """Yields the split once, in stored order unless `shuffle`; see `ShardReader.batches`."""
-        stored = self._reader.batches(seed=seed, epoch=epoch, shuffle=shuffle, even=even)
+        stored = self._reader.batches(
+            seed=seed, epoch=epoch, shuffle=shuffle, shuffle_shards=shuffle_shards, even=even
+        )
         for batch in stored:
             labels_N = torch.from_numpy(batch.labels).to(self._device)
-            yield DeviceBatch(self._to_device(batch), labels_N, batch.sample_ids)
+            yield DeviceBatch(self._to_device(batch, epoch), labels_N, batch.sample_ids)
 
-    def _to_device(self, batch: Batch) -> torch.Tensor:
+    def _to_device(self, batch: Batch, epoch: int) -> torch.Tensor:
         stored = torch.from_numpy(batch.tensors).view(TORCH_DTYPES[self._spec.dtype])
         stored = stored.view(len(batch.labels), *self._spec.shape)
+        if self._augmentation is not None:
+            stored = self._augmented(self._augmentation, stored, batch.sample_ids, epoch)
         if self._device.type == "cuda":
             stored = stored.pin_memory().to(self._device, non_blocking=True)
         if self._normalise is not None:
@@ -90,11 +129,27 @@ class Feed:
         # copy: float32 shards would otherwise hand out the loader's own buffer.
         return stored.to(dtype=torch.float32, copy=True)
 
+    @staticmethod
+    def _augmented(
+        augmentation: Augmentation, x_NCHW: torch.Tensor, sample_ids: np.ndarray, epoch: int
+    ) -> torch.Tensor:
+        view = epoch if augmentation.view is None else augmentation.view
+        return augment_images(x_NCHW, sample_ids, kind=augmentation.kind, seed=augmentation.seed, view=view)
 
-def open_feed(store: Store, manifest: StageManifest, split: str, *, batch_size: int, device: torch.device) -> Feed:
-    """Opens one split of an ingest or block manifest for reading."""
-    reader = ShardReader(store, manifest.shards[split], manifest.spec, batch_size=batch_size)
+
+def open_feed(
+    store: Store,
+    manifest: StageManifest,
+    split: str,
+    *,
+    batch_size: int,
+    device: torch.device,
+    part: Part = WHOLE,
+    augmentation: Augmentation | None = None,
+) -> Feed:
+    """Opens one split, or a part of it, of an ingest or block manifest for reading."""
+    reader = ShardReader(store, manifest.shards[split], manifest.spec, batch_size=batch_size, part=part)
     # Only images carry statistics; activations are stored as the layers made them.
     facts = manifest.facts
     normalise = Normalise(facts["mean"], facts["std"]).to(device) if "mean" in facts else None
-    return Feed(reader, manifest.spec, device, normalise)
+    return Feed(reader, manifest.spec, device, normalise, augmentation)

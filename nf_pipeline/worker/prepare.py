@@ -29,5 +29,6 @@ def make_run_plan(task: PrepareTask) -> Iterator[Event]:
         image_shape=tuple(facts["image_shape"]),
         num_classes=facts["num_classes"],
         split_rows=facts["split_rows"],
+        worker_memory_bytes=task.worker_memory_bytes,
     )
     yield StageDone(stage="plan", result=plan.to_json(), seconds=clock.seconds)

@@ -3,6 +3,7 @@
 import time
 
 REPORT_EVERY_S = 1.0
+POLL_S = 0.25
 
 
 class ProgressClock:
@@ -15,6 +16,10 @@ class ProgressClock:
     def seconds(self) -> float:
         """Since the clock was made."""
         return time.monotonic() - self._began
+
+    def sleep(self) -> None:
+        """Waits a moment before something outside is looked at again."""
+        time.sleep(POLL_S)
 
     def is_due(self) -> bool:
         """Tells about once a second that it is time for a report."""

@@ -33,6 +33,15 @@ def read_ingest(store: Store, layout: RunLayout) -> StageManifest:
     return _read(store, layout.ingest_manifest)
 
 
+def read_round(store: Store, layout: RunLayout, block_idx: int, round_idx: int, num_rounds: int) -> StageManifest:
+    """Returns the manifest of a finished round of a block.
+
+    Raises:
+        ObjectMissing: the round has not been committed.
+    """
+    return _read(store, layout.round_manifest(block_idx, round_idx, num_rounds))
+
+
 def read_block(store: Store, layout: RunLayout, block_idx: int) -> StageManifest:
     """Returns the manifest of a finished block.
 
@@ -49,11 +58,6 @@ def read_model(store: Store, layout: RunLayout) -> StageManifest:
         ObjectMissing: it has not been committed.
     """
     return _read(store, layout.model_manifest)
-
-
-def read_input(store: Store, layout: RunLayout, block_idx: int) -> StageManifest:
-    """Returns the manifest that a block trains from: ingest for the first, the block before it otherwise."""
-    return read_ingest(store, layout) if block_idx == 0 else read_block(store, layout, block_idx - 1)
 
 
 def _read(store: Store, key: str) -> StageManifest:

@@ -6,6 +6,7 @@ A stage is named by where its generator function stands, so that the driver need
 from dataclasses import dataclass
 
 from nf_pipeline.config import RunConfig, fingerprint_of
+from nf_pipeline.gang import ALONE, Gang
 from nf_pipeline.plans import BlockPlan, Plan
 
 INGEST_STAGE = "nf_pipeline.worker.prepare:ingest_images"
@@ -22,33 +23,38 @@ class PrepareTask:
         config: of the run.
         attempt: id of this attempt.
         num_threads: CPU threads to compute with.
+        worker_memory_bytes: what the workers that train may hold, one entry per class, for a budget of "auto".
     """
 
     config: RunConfig
     attempt: str
     num_threads: int
+    worker_memory_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTask:
-    """Everything a worker needs to train a block.
+    """Everything a worker needs to train one round of a block: all epochs at once unless the run is pipelined.
 
     Attributes:
         config, plan: of the run.
-        block_idx: 0-based.
+        block_idx, round_idx: 0-based.
         batch_size: the plan's, or less after an attempt that ran out of memory.
         attempt: id under which this attempt stores its objects.
         num_attempts: attempts at this block so far, this one included.
         num_threads: CPU threads to compute with.
+        gang: this worker's place among those that train the block together.
     """
 
     config: RunConfig
     plan: Plan
     block_idx: int
+    round_idx: int = 0
     batch_size: int
     attempt: str
     num_attempts: int
     num_threads: int
+    gang: Gang = ALONE
 
     @property
     def stage(self) -> str:
@@ -61,9 +67,19 @@ class BlockTask:
         return self.plan.blocks[self.block_idx]
 
     @property
-    def is_last(self) -> bool:
+    def epochs(self) -> tuple[int, int]:
+        """Half-open range of the round's epochs, counted through all rounds."""
+        return round_epochs(self.config, self.round_idx)
+
+    @property
+    def is_last_block(self) -> bool:
         """Whether no block reads this one's activations."""
         return self.block_idx == len(self.plan.blocks) - 1
+
+    @property
+    def is_last_round(self) -> bool:
+        """Whether the block is trained after this round."""
+        return self.round_idx == num_rounds(self.config) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +98,29 @@ class AssembleTask:
     num_threads: int
 
 
-def block_fingerprint(config: RunConfig, block: BlockPlan, input_checksum: str) -> str:
-    """Identifies a block's work: configuration, its part of the plan, and the very input it reads.
+def num_rounds(config: RunConfig) -> int:
+    """Returns how often a block publishes its activations: once, unless the run is pipelined."""
+    train = config.train
+    return 1 if train.mode == "sequential" else -(-train.epochs // train.round_epochs)
+
+
+def round_epochs(config: RunConfig, round_idx: int) -> tuple[int, int]:
+    """Returns the half-open range of epochs of a round; only the last one can be shorter than the others."""
+    train = config.train
+    if train.mode == "sequential":
+        return 0, train.epochs
+    first = round_idx * train.round_epochs
+    return first, min(first + train.round_epochs, train.epochs)
+
+
+def block_fingerprint(config: RunConfig, block: BlockPlan, round_idx: int, input_checksum: str) -> str:
+    """Identifies a round of a block: configuration, its part of the plan, and the very input it reads.
 
     The batch size is left out on purpose: a finished block that had to shrink it is as good for the next one.
     """
     planned = {"block_idx": block.block_idx, "units": list(block.units), "layers": list(block.layers)}
-    return fingerprint_of({"config": config.fingerprint, "block": planned, "input": input_checksum})
+    work = {"config": config.fingerprint, "block": planned, "round": round_idx, "input": input_checksum}
+    return fingerprint_of(work)
 
 
 def plan_fingerprint(config: RunConfig, input_checksum: str) -> str:

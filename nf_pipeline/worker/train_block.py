@@ -1,14 +1,14 @@
-"""The stage that trains one block: read shards, train its units, checkpoint, write activations, commit.
+"""The stage that trains one round of a block: read shards, train its units, checkpoint, write activations, commit.
 
-Deliberately knows nothing of Ray, of other blocks' weights, or of who renders its events. Entry: `train_block`.
+A sequential run has one round of all epochs. Several workers may share the work (`Gang`): each reads its part of the
+shards, gradients and statistics are those of all. Deliberately knows nothing of Ray, of other blocks' weights, or of
+who renders its events. Entry: `train_block`.
 """
 
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
 
-import safetensors.torch
 import torch
 
 from nf_pipeline.core.layers import cut
@@ -16,88 +16,89 @@ from nf_pipeline.core.local_unit import LocalUnit, build_units
 from nf_pipeline.core.memory import measure_peak
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.train_step import make_optimizer, resolve_device, train_step
-from nf_pipeline.errors import ObjectMissing, OutOfBudget
+from nf_pipeline.errors import OutOfBudget
 from nf_pipeline.events import EpochDone, Event, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of, commit_manifest
 from nf_pipeline.storage.shards import ShardInfo
 from nf_pipeline.storage.store import Store
 from nf_pipeline.units import format_bytes
-from nf_pipeline.worker.checkpoint import (
-    CheckpointRecord,
-    delete_quietly,
-    find_checkpoint,
-    load_checkpoint,
-    pack_units,
-    save_checkpoint,
-)
+from nf_pipeline.worker.block_commit import commit_block, merge_parts
+from nf_pipeline.worker.block_input import BlockInput
+from nf_pipeline.worker.checkpoint import CheckpointRecord, restore, save_checkpoint
+from nf_pipeline.worker.data_parallel import Replicas
 from nf_pipeline.worker.evaluate import count_correct
-from nf_pipeline.worker.feed import Feed, open_feed
 from nf_pipeline.worker.loss_guard import LossGuard
 from nf_pipeline.worker.progress_clock import ProgressClock
 from nf_pipeline.worker.runtime import cap_device_memory, seed_everything, set_threads
 from nf_pipeline.worker.schedule import learning_rate, peak_learning_rate, warmup_steps
-from nf_pipeline.worker.stage_input import open_run_store, read_input
-from nf_pipeline.worker.tasks import BlockTask, block_fingerprint
-from nf_pipeline.worker.write_activations import activation_spec, shards_bytes, write_activations
+from nf_pipeline.worker.stage_input import open_run_store
+from nf_pipeline.worker.tasks import BlockTask, block_fingerprint, num_rounds
+from nf_pipeline.worker.write_activations import ActivationWriter
 
 METERED_STEPS = 8
-RESTORE_TRIES = 3
 
 
 def train_block(task: BlockTask) -> Iterator[Event]:
-    """Trains one block and commits its weights and activations.
+    """Trains one round of a block and commits its weights and activations.
 
     Yields:
-        StageStarted, Progress and EpochDone as it works, StageDone at the end (result: the block's entry of
-        summary.json, and `val_correct` and `num_val` for the choice of the exit).
+        StageStarted, Progress and EpochDone as it works, Publishing when activations begin to be written, StageDone
+        at the end (result: the block's entry of summary.json, and `val_correct` and `num_val` for the choice of the
+        exit).
 
     Raises:
         Diverged: a loss became NaN, infinite or exploded, or activations do not fit the storage type.
         OutOfBudget: the measured peak passed the memory budget.
+        InputReplaced: the block before failed while its activations were being read; they are written anew.
+        WorkerLost: another worker of the gang died.
         StorageError: input shards are missing or corrupt, or the store cannot be written.
     """
     clock = ProgressClock()
     set_threads(task.num_threads)
+    device = resolve_device(task.config.train.device)
+    cap_device_memory(device, task.block.budget_bytes)
     try:
-        attempt = _Attempt(task, *open_run_store(task.config))
-        yield attempt.started()
-        for epoch in range(attempt.record.epoch, task.config.train.epochs):
-            yield from attempt.train_epoch(epoch)
-        shards = yield from attempt.write()
+        with Replicas(task.stage, task.gang, device) as replicas:
+            attempt = _Attempt(task, device, replicas, *open_run_store(task.config))
+            yield attempt.started()
+            for epoch in range(attempt.record.epoch, task.epochs[1]):
+                yield from attempt.train_epoch(epoch)
+            shards = yield from attempt.write()
+            result = attempt.commit(shards)
     except torch.OutOfMemoryError as error:
         # The allocator enforces the budget on a GPU: this is the same fact as a measured peak above it.
         raise OutOfBudget(
             task.stage,
             f"the device ran out of memory at batch {task.batch_size}, "
-            f"budget {format_bytes(task.plan.budget_bytes)}: {error}",
+            f"budget {format_bytes(task.block.budget_bytes)}: {error}",
             "raise --set memory.safety_margin",
         ) from None
-    result = attempt.commit(shards)
     yield StageDone(stage=task.stage, result=result, seconds=clock.seconds)
 
 
 class _Attempt:
-    """One attempt at a block: its units, its feeds, and the record of what it has done so far."""
+    """One attempt at a round: its units, its input, and the record of what it has done so far."""
 
-    def __init__(self, task: BlockTask, store: Store, layout: RunLayout) -> None:
+    def __init__(
+        self, task: BlockTask, device: torch.device, replicas: Replicas, store: Store, layout: RunLayout
+    ) -> None:
         self.task = task
+        self.device = device
+        self.replicas = replicas
         self.store = store
         self.layout = layout
         self.train_config = task.config.train
-        self.prefix = self.layout.block_attempt(task.block_idx, task.attempt)
-        self.device = resolve_device(self.train_config.device)
-        cap_device_memory(self.device, task.plan.budget_bytes)
-        self.input = read_input(store, self.layout, task.block_idx)
-        self.peak_lr = peak_learning_rate(self.train_config.lr, task.batch_size)
-        self.units = [unit.to(self.device) for unit in _build_units(task)]
+        self.input = BlockInput(store, layout, task)
+        self.peak_lr = peak_learning_rate(self.train_config.lr, task.batch_size * task.gang.size)
+        self.units = [unit.to(device) for unit in _build_units(task)]
+        replicas.convert(self.units)
         self.optimizers = [make_optimizer(unit, self.train_config, self.peak_lr) for unit in self.units]
-        self.feeds = {split: self._open_feed(split) for split in ("train", "val")}
-        self.write_s = 0.0
+        self.train_feed = self.input.open_train(task.batch_size, device)
         self.record = self._restore()
         self.resumed_epochs = self.record.epoch
-        self.meter = measure_peak(self.device)
+        replicas.barrier()  # nobody moves the checkpoint on while another one still reads it
+        self.meter = measure_peak(device)
         self.meter.track(*self.units, *self.optimizers)
 
     @property
@@ -107,98 +108,111 @@ class _Attempt:
 
     def started(self) -> StageStarted:
         """Tells who works on what."""
-        first, stop = self.task.block.layers
+        task = self.task
+        first, stop = task.block.layers
+        rounds = num_rounds(task.config)
+        in_rounds = f"round {task.round_idx + 1}/{rounds}, " if rounds > 1 else ""
+        workers = f" on each of {task.gang.size} workers" if task.gang.size > 1 else ""
         return StageStarted(
-            stage=self.task.stage,
-            attempt=self.task.attempt,
+            stage=task.stage,
+            attempt=task.attempt,
             worker=worker_name(),
             resumed_epochs=self.resumed_epochs,
-            note=f"layers {first}-{stop - 1}, batch {self.task.batch_size}",
+            round_idx=task.round_idx,
+            num_rounds=rounds,
+            note=f"{in_rounds}layers {first}-{stop - 1}, batch {task.batch_size}{workers}",
         )
 
     def train_epoch(self, epoch: int) -> Iterator[Event]:
         """Trains, validates and checkpoints one epoch."""
-        clock, waited = ProgressClock(), self.feeds["train"].wait_s
+        clock, waited = ProgressClock(), self.train_feed.wait_s
         seed_everything(self.train_config.seed, self.task.block_idx, epoch)
         guard = LossGuard(self.task.stage, self.task.plan.num_classes, epoch)
         yield from self._train_batches(epoch, guard)
-        images_per_s = clock.rate(self.feeds["train"].num_rows)
-        correct = yield from self._validate(epoch)
+        images_per_s = clock.rate(self.train_feed.num_rows * self.task.gang.size)
+        yield from self.input.wait_committed()
+        correct, num_val = yield from self._validate(epoch)
         self._check_budget()
         done = EpochDone(
             stage=self.task.stage,
             epoch=epoch + 1,
             num_epochs=self.train_config.epochs,
             losses=guard.mean_losses(),
-            val_accuracies=[count / self.feeds["val"].num_rows for count in correct],
+            val_accuracies=[count / num_val for count in correct],
             images_per_s=images_per_s,
-            loader_wait_s=self.feeds["train"].wait_s - waited,
-            peak_bytes=self.peak_bytes,
+            loader_wait_s=self.train_feed.wait_s - waited,
+            peak_bytes=self.replicas.largest(self.peak_bytes),
         )
-        self._checkpoint(done, correct, clock.seconds)
+        self._checkpoint(done, correct, num_val, clock.seconds)
         yield done
 
     def write(self) -> Generator[Event, None, dict[str, list[ShardInfo]]]:
         """Writes what the next block reads: the activations of train and val. The last block has no reader."""
+        if self.task.is_last_block:
+            return {}
         clock = ProgressClock()
-        shards: dict[str, list[ShardInfo]] = {}
-        for split in () if self.task.is_last else ("train", "val"):
-            shards[split] = yield from write_activations(
-                self.store, self.task, self.units, self.feeds[split], split, self.meter
-            )
+        yield from self.input.wait_committed()
+        writer = ActivationWriter(self.store, self.layout, self.task, self.units, self.meter)
+        self.replicas.barrier()  # every member's record is this attempt's before anybody reads
+        yield writer.announce()
+        batch_size, shards = self.task.batch_size, {}
+        shards["train"] = yield from writer.write("train", self.input.open_view(batch_size, self.device))
+        writer.finish_publication()
+        shards["val"] = yield from writer.write("val", self.input.open_val(batch_size, self.device))
         self._check_budget()
-        self.write_s = clock.seconds
+        self.record = replace(self.record, write_s=self.record.write_s + clock.seconds)
         return shards
 
-    def commit(self, shards: dict[str, list[ShardInfo]]) -> dict[str, Any]:
-        """Stores the weights, then the manifest: from there on the block is finished for everybody."""
-        weights = safetensors.torch.save(pack_units(self.units, self.task.block.units[0]))
-        key = self.layout.weights(self.task.block_idx, self.task.attempt)
-        self.store.put(key, weights)
-        result = self._result(shards)
-        manifest = StageManifest(
-            stage=self.task.stage,
-            fingerprint=self.fingerprint,
-            input_checksum=self.input.content_checksum,
-            attempt=self.task.attempt,
-            spec=activation_spec(self.task) if shards else None,
-            shards={split: tuple(infos) for split, infos in shards.items()},
-            weights=ObjectInfo(key=key, num_bytes=len(weights), checksum=checksum_of(weights)),
-            facts=result,
-        )
-        commit_manifest(self.store, self.layout.block_manifest(self.task.block_idx), manifest)
-        delete_quietly(self.store, [self.record.key])
-        return result
+    def commit(self, shards: dict[str, list[ShardInfo]]) -> dict[str, object]:
+        """Stores the manifest: from there on the round is finished for everybody."""
+        self.record = replace(self.record, peak_bytes=self.replicas.largest(self.peak_bytes))
+        shards = merge_parts(self.store, self.layout, self.task, shards, self.replicas)
+        if self.task.gang.rank > 0:
+            return {}
+        return commit_block(self.store, self.layout, self.task, self.units, self.record, self.input.manifest, shards)
 
     def _train_batches(self, epoch: int, guard: LossGuard) -> Iterator[Progress]:
-        feed, clock, num_images = self.feeds["train"], ProgressClock(), 0
-        steps = feed.num_batches(even=True)
-        batches = feed.batches(seed=self.train_config.seed, epoch=epoch, shuffle=True, even=True)
+        feed, clock, num_images = self.train_feed, ProgressClock(), 0
+        sizes = feed.step_sizes()
+        batches = feed.batches(
+            seed=self.train_config.seed, epoch=epoch, shuffle=True, shuffle_shards=self._may_shuffle(epoch), even=True
+        )
         for step, batch in enumerate(batches):
-            self._set_learning_rate(epoch * steps + step, steps)
-            num_images += len(batch.y_N)
+            self._set_learning_rate(epoch * len(sizes) + step, len(sizes))
+            num_local, num_total = len(batch.y_N), sizes[step]
+            num_images += num_total
             with self._meter(step):
                 batch.track(self.meter)
                 # take_x: no name here may keep the inputs alive while the later units train.
                 losses = train_step(
-                    self.units, self.optimizers, batch.take_x(), batch.y_N, self.train_config.precision
+                    self.units,
+                    self.optimizers,
+                    batch.take_x(),
+                    batch.y_N,
+                    self.train_config.precision,
+                    reduce=self.replicas.averaging(num_local, num_total),
                 )
-            guard.add(losses)
+            guard.add(self.replicas.mean_losses(losses, num_local, num_total))
             if step < METERED_STEPS:
                 self._check_budget()
             if clock.is_due():
                 rate = clock.rate(num_images)
-                yield self._progress("train", epoch, num_images, feed.num_rows, rate, guard.last_loss())
+                yield self._progress("train", epoch, num_images, sum(sizes), rate, guard.last_loss())
         guard.check()
 
-    def _validate(self, epoch: int) -> Generator[Progress, None, list[int]]:
-        feed, clock = self.feeds["val"], ProgressClock()
+    def _may_shuffle(self, epoch: int) -> bool:
+        # Fresh activations are read in the order in which they are written; see block_input.
+        return self.task.block_idx == 0 or epoch > self.task.epochs[0]
+
+    def _validate(self, epoch: int) -> Generator[Progress, None, tuple[list[int], int]]:
+        feed, clock = self.input.open_val(self.task.batch_size, self.device), ProgressClock()
         counting = count_correct(self.units, feed, self.train_config.precision, self.meter)
         while True:
             try:
                 done = next(counting)
             except StopIteration as finished:
-                return finished.value
+                *correct, num_val = self.replicas.total([*finished.value, feed.num_rows])
+                return correct, num_val
             if clock.is_due():
                 yield self._progress("validate", epoch, done, feed.num_rows, clock.rate(done))
 
@@ -234,66 +248,42 @@ class _Attempt:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-    def _open_feed(self, split: str) -> Feed:
-        return open_feed(self.store, self.input, split, batch_size=self.task.batch_size, device=self.device)
-
     @property
-    def fingerprint(self) -> str:
-        return block_fingerprint(self.task.config, self.task.block, self.input.content_checksum)
+    def _fingerprint(self) -> str:
+        task = self.task
+        return block_fingerprint(task.config, task.block, task.round_idx, self.input.manifest.content_checksum)
 
     def _restore(self) -> CheckpointRecord:
-        batch_size = self.task.batch_size
-        for _ in range(RESTORE_TRIES):
-            record = find_checkpoint(self.store, self.layout, self.task.block_idx, self.fingerprint, batch_size)
-            if record is None:
-                break
-            try:
-                load_checkpoint(self.store, record, self.units, self.optimizers)
-            except ObjectMissing:
-                continue  # an attempt that was given up for lost goes on and has moved to its next epoch
-            return record
-        return CheckpointRecord(fingerprint=self.fingerprint, batch_size=batch_size)
+        # As long as its input is being written, nothing of this round can have been stored.
+        fingerprint = self._fingerprint if self.input.manifest is not None else None
+        return restore(self.store, self.layout, self.task, fingerprint, self.units, self.optimizers)
 
-    def _checkpoint(self, done: EpochDone, correct: list[int], seconds: float) -> None:
-        record = replace(
+    def _checkpoint(self, done: EpochDone, correct: list[int], num_val: int, seconds: float) -> None:
+        self.record = replace(
             self.record,
+            fingerprint=self._fingerprint,
+            batch_size=self.task.batch_size,
             epoch=done.epoch,
             val_correct=correct,
+            num_val=num_val,
             peak_bytes=done.peak_bytes,
             train_s=self.record.train_s + seconds,
             loader_wait_s=self.record.loader_wait_s + done.loader_wait_s,
         )
-        self.record = save_checkpoint(self.store, self.layout, self.prefix, record, self.units, self.optimizers)
+        if self.task.gang.rank == 0:
+            prefix = self.layout.block_attempt(self.task.block_idx, self.task.attempt)
+            self.record = save_checkpoint(self.store, self.layout, prefix, self.record, self.units, self.optimizers)
 
     def _check_budget(self) -> None:
-        budget = self.task.plan.budget_bytes
-        if self.peak_bytes > budget:
+        block = self.task.block
+        if self.peak_bytes > block.budget_bytes:
             raise OutOfBudget(
                 self.task.stage,
                 f"measured peak {format_bytes(self.peak_bytes)} at batch {self.task.batch_size}, "
-                f"budget {format_bytes(budget)}, "
-                f"predicted {format_bytes(self.task.block.predicted_peak_bytes)}",
+                f"budget {format_bytes(block.budget_bytes)}, "
+                f"predicted {format_bytes(block.predicted_peak_bytes)}",
                 "raise --set memory.safety_margin",
             )
-
-    def _result(self, shards: dict[str, list[ShardInfo]]) -> dict[str, Any]:
-        block = self.task.block
-        return {
-            "block_idx": block.block_idx,
-            "layers": list(block.layers),
-            "batch_size": self.task.batch_size,
-            "predicted_peak_bytes": block.predicted_peak_bytes,
-            "measured_peak_bytes": self.peak_bytes,
-            "train_s": round(self.record.train_s, 3),
-            "loader_wait_s": round(self.record.loader_wait_s, 3),
-            "write_s": round(self.write_s, 3),
-            "shard_bytes": shards_bytes(shards),
-            "num_shards": sum(len(infos) for infos in shards.values()),
-            "attempts": self.task.num_attempts,
-            "worker": worker_name(),
-            "val_correct": self.record.val_correct,
-            "num_val": self.feeds["val"].num_rows,
-        }
 
 
 def _build_units(task: BlockTask) -> list[LocalUnit]:

@@ -25,6 +25,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "--max-train-images": ("1000", 1000),
     "--on-bad-image": ("skip", "skip"),
     "--epochs": ("3", 3),
+    "--mode": ("pipelined", "pipelined"),
+    "--workers-per-block": ("2", 2),
     "--seed": ("17", 17),
     "--device": ("cpu", "cpu"),
 }

@@ -34,6 +34,7 @@ def plan_of(block_flops: list[int], budget_bytes: int = 6 * GIB) -> Plan:
             units=(i, i + 1),
             layers=(i, i + 1),
             batch_size=32,
+            budget_bytes=2**26,
             predicted_peak_bytes=5 * GIB,
             shard_bytes=0,
             reason="the last layer",

@@ -61,6 +61,7 @@ def two_block_plan() -> Plan:
                 units=(0, 1),
                 layers=layers,
                 batch_size=batch,
+                budget_bytes=2**26,
                 predicted_peak_bytes=peak * MIB,
                 shard_bytes=shard_bytes,
                 reason=reason,

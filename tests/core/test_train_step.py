@@ -64,6 +64,28 @@ def test_train_step_equals_the_arithmetic_written_out() -> None:
             torch.testing.assert_close(parameter, expected.get_parameter(name), msg=name)
 
 
+def test_reduce_sees_each_units_gradients_before_its_step_and_may_change_them() -> None:
+    x_NCHW, y_N = make_batch()
+    units, expected = make_block(), make_block()
+    seen: list[LocalUnit] = []
+
+    def double(unit: LocalUnit) -> None:
+        seen.append(unit)
+        assert all(parameter.grad is not None for parameter in unit.parameters())
+        for other in units:
+            assert other is unit or all(parameter.grad is None for parameter in other.parameters())
+        for parameter in unit.parameters():
+            parameter.grad.mul_(2.0)
+
+    plain = CFG.model_copy(update={"momentum": 0.0, "weight_decay": 0.0})
+    train_step(units, [make_optimizer(unit, plain, 0.1) for unit in units], x_NCHW, y_N, "fp32", double)
+    train_step(expected, [make_optimizer(unit, plain, 0.2) for unit in expected], x_NCHW, y_N, "fp32")
+    assert seen == units
+    for unit, twice in zip(units, expected, strict=True):
+        for name, parameter in unit.named_parameters():
+            torch.testing.assert_close(parameter, twice.get_parameter(name), msg=name)
+
+
 def test_gradients_stop_at_the_unit_input() -> None:
     x_NCHW, y_N = make_batch()
     units, alone = make_block(), make_block()[:1]

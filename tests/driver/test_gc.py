@@ -128,6 +128,7 @@ def planned(store: Store, num_blocks: int) -> None:
             units=(idx, idx + 1),
             layers=(idx, idx + 1),
             batch_size=2,
+            budget_bytes=2**26,
             predicted_peak_bytes=1,
             shard_bytes=0,
             reason="",

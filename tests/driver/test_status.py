@@ -57,6 +57,7 @@ def plan_of(num_blocks: int) -> Plan:
                 units=(i, i + 1),
                 layers=(i, i + 1),
                 batch_size=8,
+                budget_bytes=2**26,
                 predicted_peak_bytes=1,
                 shard_bytes=0,
                 reason="",
@@ -79,7 +80,7 @@ def commit(store: Store, stage: str, key: str) -> None:
 
 
 def log(store: Store, *events: Event) -> None:
-    writer = EventLog(store, LAYOUT.events_jsonl, None)
+    writer = EventLog(store, LAYOUT.events_jsonl)
     for event in events:
         writer.add(event)
     writer.flush()

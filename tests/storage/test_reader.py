@@ -3,16 +3,18 @@
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nf_pipeline.errors import ObjectCorrupt, ObjectMissing, StorageError
+from nf_pipeline.errors import InputReplaced, ObjectCorrupt, ObjectMissing, StorageError
 from nf_pipeline.storage import reader as reader_module
 from nf_pipeline.storage.local import LocalStore
-from nf_pipeline.storage.reader import ShardReader, divide_rows
+from nf_pipeline.storage.parts import Part, divide_rows, part_rows
+from nf_pipeline.storage.reader import ShardReader
 from nf_pipeline.storage.store import open_store
 
 
@@ -32,6 +34,58 @@ class SlowStore(LocalStore):
         if self._delays_s:
             time.sleep(self._delays_s[len(self.reads) % len(self._delays_s)])
         return super().get(key)
+
+
+class GrowingList:
+    """Shards of which the first `num_stored` can be had; the others are waited for until `close`."""
+
+    def __init__(self, shards, num_stored=0):
+        self._shards = list(shards)
+        self._changed = threading.Condition()
+        self._num_stored = num_stored
+        self._is_closed = False
+        self.error = None
+        self.asked = []
+
+    def __len__(self):
+        return len(self._shards)
+
+    def num_rows(self, shard_idx):
+        return self._shards[shard_idx].num_rows
+
+    def get(self, shard_idx):
+        with self._changed:
+            self.asked.append(shard_idx)
+            self._changed.wait_for(lambda: shard_idx < self._num_stored or self._is_closed or self.error)
+            if self.error:
+                raise self.error
+            if shard_idx >= self._num_stored:
+                raise StorageError("closed")
+            return self._shards[shard_idx]
+
+    def store(self, num_stored):
+        with self._changed:
+            self._num_stored = num_stored
+            self._changed.notify_all()
+
+    def fail(self, error):
+        with self._changed:
+            self.error = error
+            self._changed.notify_all()
+
+    def close(self):
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+
+def open_reader(written, **options):
+    return ShardReader(written.store, written.shards, written.spec, **{"batch_size": 8, **options})
+
+
+def rows_of(written, batches):
+    row_of = {sample_id: row for row, sample_id in enumerate(written.sample_ids.tolist())}
+    return [[row_of[sample_id] for sample_id in batch.sample_ids.tolist()] for batch in batches]
 
 
 def read_all(reader, **options):
@@ -283,6 +337,171 @@ def test_split_without_shards_has_no_batches(store, write):
     spec = write(1).spec
     reader = ShardReader(store, (), spec, batch_size=4)
     assert (reader.num_rows, reader.num_batches(), read_all(reader)) == (0, 0, [])
+
+
+def test_order_of_a_whole_split_stays_what_it_always_was(write):
+    """Runs are continued by later versions: these rows were recorded with the first one."""
+    written = write(33, rows_per_shard=5)
+    batches = read_all(open_reader(written, window_shards=3), even=True)
+    assert rows_of(written, batches) == [
+        [10, 12, 13, 21, 15, 18, 19],
+        [11, 14, 20, 22, 23, 24, 17],
+        [16, 32, 25, 26, 27, 29, 4],
+        [30, 31, 0, 1, 2, 3],
+        [28, 5, 6, 7, 8, 9],
+    ]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    num_rows=st.integers(0, 60),
+    rows_per_shard=st.integers(1, 13),
+    batch_size=st.integers(1, 20),
+    count=st.integers(1, 5),
+    shuffle=st.booleans(),
+    shuffle_shards=st.booleans(),
+    even=st.booleans(),
+)
+def test_parts_are_disjoint_cover_the_split_and_step_together(
+    write, num_rows, rows_per_shard, batch_size, count, shuffle, shuffle_shards, even
+):
+    written = write(num_rows, rows_per_shard=rows_per_shard)
+    steps, seen = set(), []
+    for index in range(count):
+        part = Part(index=index, count=count)
+        reader = open_reader(written, batch_size=batch_size, part=part, window_shards=2)
+        batches = read_all(reader, shuffle=shuffle, shuffle_shards=shuffle_shards, even=even)
+        sizes = divide_rows(num_rows, batch_size, even=even, part=part)
+        assert [len(batch.labels) for batch in batches] == sizes
+        assert (reader.num_rows, reader.num_rows_total) == (part_rows(num_rows, count)[index], num_rows)
+        assert reader.num_batches(even=even) == len(batches)
+        rows = [row for batch in rows_of(written, batches) for row in batch]
+        assert set(rows) <= set(part.rows(num_rows))
+        if not shuffle:
+            assert rows == list(part.rows(num_rows))[: len(rows)]
+        for batch, chosen in zip(batches, rows_of(written, batches), strict=True):
+            assert np.array_equal(batch.tensors, written.tensors[chosen])
+            assert np.array_equal(batch.labels, written.labels[chosen])
+        steps.add(len(batches))
+        seen += rows
+    assert len(seen) == len(set(seen))
+    if even:
+        assert len(steps) == 1
+    else:
+        assert len(seen) == num_rows
+
+
+def test_a_part_fetches_only_shards_with_rows_of_its_own(write):
+    written = write(100, rows_per_shard=10)
+    for index, touched in [(0, {0, 1, 2, 3}), (1, {3, 4, 5, 6}), (2, {6, 7, 8, 9})]:
+        store = SlowStore(written.store.uri)
+        part = Part(index=index, count=3)
+        list(read_all(ShardReader(store, written.shards, written.spec, batch_size=8, part=part)))
+        assert sorted(store.reads) == sorted(written.shards[shard_idx].key for shard_idx in touched)
+
+
+def test_shards_cut_at_the_border_of_a_part_are_views(write, monkeypatch):
+    written = write(20, rows_per_shard=10)
+    decoded, filled = [], []
+    real_read, real_fill = reader_module.read_shard, reader_module._BatchFiller.fill
+
+    def read(*args):
+        decoded.append(real_read(*args))
+        return decoded[-1]
+
+    def fill(self, window, rows):
+        filled.extend(shard.tensors for shard in window)
+        return real_fill(self, window, rows)
+
+    monkeypatch.setattr(reader_module, "read_shard", read)
+    monkeypatch.setattr(reader_module._BatchFiller, "fill", fill)
+    read_all(open_reader(written, part=Part(index=1, count=3)), shuffle=False)
+    assert [len(tensors) for tensors in filled] == [4, 3]
+    assert all(any(np.shares_memory(cut, shard.tensors) for shard in decoded) for cut in filled)
+
+
+def test_without_shuffled_shards_windows_come_in_stored_order_with_their_rows_mixed(write):
+    written = write(60, rows_per_shard=5)
+    reader = open_reader(written, batch_size=20, window_shards=4)
+    batches = rows_of(written, read_all(reader, shuffle_shards=False))
+    assert [sorted(rows) for rows in batches] == [list(range(start, start + 20)) for start in (0, 20, 40)]
+    halves = rows_of(written, read_all(open_reader(written, batch_size=10, window_shards=4), shuffle_shards=False))
+    assert max(halves[0]) > 10 > min(halves[1])
+    again = rows_of(written, read_all(reader, shuffle_shards=False))
+    other = rows_of(written, read_all(open_reader(written, batch_size=10), shuffle_shards=False, epoch=1))
+    assert again == batches
+    assert other != halves
+
+
+def test_an_epoch_starts_on_the_first_shards_and_reads_on_as_they_come(write):
+    written = write(60, rows_per_shard=5)
+    shards = GrowingList(written.shards, num_stored=2)
+    reader = ShardReader(written.store, shards, written.spec, batch_size=10, window_shards=2)
+    assert (reader.num_rows, reader.num_batches(even=True)) == (60, 6)
+    batches = reader.batches(seed=0, epoch=0, shuffle=True, even=True, shuffle_shards=False)
+    growing = [next(batches)]
+    for num_stored in range(4, 14, 2):
+        shards.store(num_stored)
+        growing.append(next(batches))
+    assert next(batches, None) is None
+    stored = ShardReader(written.store, written.shards, written.spec, batch_size=10, window_shards=2)
+    expected = read_all(stored, even=True, shuffle_shards=False)
+    assert ids_of(growing) == ids_of(expected)
+    assert live_reader_threads() == []
+
+
+@pytest.mark.parametrize("num_taken", [0, 1, 2])
+def test_closing_while_shards_are_waited_for_ends_at_once(write, num_taken):
+    written = write(60, rows_per_shard=5)
+    shards = GrowingList(written.shards, num_stored=4)
+    reader = ShardReader(written.store, shards, written.spec, batch_size=10, window_shards=2, prefetch_threads=3)
+    batches = reader.batches(seed=0, epoch=0, shuffle=True, shuffle_shards=False)
+    for _ in range(num_taken):
+        next(batches)
+    batches.close()
+    assert live_reader_threads() == []
+
+
+def test_an_error_while_a_shard_is_waited_for_reaches_the_consumer(write):
+    written = write(60, rows_per_shard=5)
+    shards = GrowingList(written.shards, num_stored=2)
+    reader = ShardReader(written.store, shards, written.spec, batch_size=10, window_shards=2)
+    batches = reader.batches(seed=0, epoch=0, shuffle=True, shuffle_shards=False)
+    next(batches)
+    shards.fail(InputReplaced("block-001", "another attempt"))
+    with pytest.raises(InputReplaced, match="another attempt"):
+        next(batches)
+    assert live_reader_threads() == []
+
+
+def test_shards_that_never_come_are_given_up_and_leave_no_threads(write):
+    written = write(40)
+    shards = GrowingList(written.shards, num_stored=1)
+    reader = ShardReader(written.store, shards, written.spec, batch_size=10)
+    with pytest.raises(StorageError, match="3 of 4 shards did not arrive"):
+        read_all(reader, timeout_s=0.1)
+    deadline = time.monotonic() + 30
+    while live_reader_threads() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert live_reader_threads() == []
+
+
+def test_a_shard_with_other_rows_than_announced_is_refused(write):
+    written = write(40)
+    shards = GrowingList(written.shards, num_stored=4)
+    announced = [replace(shard, num_rows=9) for shard in written.shards]
+    shards.num_rows = lambda shard_idx: announced[shard_idx].num_rows
+    reader = ShardReader(written.store, shards, written.spec, batch_size=10)
+    with pytest.raises(ObjectCorrupt, match="has 10 rows, want 9"):
+        read_all(reader)
+
+
+def test_only_a_parts_own_shards_are_waited_for(write):
+    written = write(60, rows_per_shard=5)
+    shards = GrowingList(written.shards, num_stored=6)
+    reader = ShardReader(written.store, shards, written.spec, batch_size=10, part=Part(index=0, count=2))
+    assert len(read_all(reader)) == 3
+    assert set(shards.asked) == set(range(6))
 
 
 @pytest.mark.s3

@@ -1,6 +1,7 @@
 """One block alone: what it stores is what its layers compute, and nothing counts before the manifest."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,8 @@ def test_last_block_stores_no_activations_and_the_others_store_train_and_val(run
 def test_budget_below_the_measured_peak_stops_the_block_within_the_first_epoch(run: tuple) -> None:
     _, store, layout = run
     plan = load_plan(store, layout)
-    tight = type(plan)(**{**plan.__dict__, "budget_bytes": plan.blocks[0].predicted_peak_bytes // 2})
+    block = replace(plan.blocks[0], budget_bytes=plan.blocks[0].predicted_peak_bytes // 2)
+    tight = replace(plan, blocks=(block, *plan.blocks[1:]))
     events: list[Event] = []
     with pytest.raises(OutOfBudget, match="measured peak"):
         for event in drive(make_task(run, plan=tight, attempt="tight")):

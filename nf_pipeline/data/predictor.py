@@ -1,0 +1,181 @@
+"""The final model as a step of a data workflow: a batch of columns in, the same batch with predictions out.
+
+    dataset.map_batches(Predictor, fn_constructor_kwargs={"uri": "s3://bucket/runs/first"}, concurrency=1)
+
+Works on numpy batches of Ray Data, and on any mapping of numpy arrays without Ray. `classify` is what every
+prediction of this package goes through. Knows nothing of files or Ray. Entry: `Predictor`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from nf_pipeline.config import DataConfig
+from nf_pipeline.core.exit_model import ExitModel
+from nf_pipeline.data.base import RawImage, StoredImage, Unusable
+from nf_pipeline.data.columns import likeliest_images, pixels_of
+from nf_pipeline.data.decode import decode_stream
+from nf_pipeline.data.images import resize_for
+from nf_pipeline.data.skipped import SkippedImages
+from nf_pipeline.errors import ConfigError, DataError
+from nf_pipeline.model_files import load_model
+
+ADDED = ("prediction", "label_idx", "probability")
+
+_IMAGES = "uint8 arrays [N, H, W(, C)], encoded bytes or {bytes, path}"
+_FIX_IMAGE = "name it: fn_constructor_kwargs={'uri': ..., 'image_column': NAME}"
+
+
+@torch.no_grad()
+def classify(model: ExitModel, pixels_NCHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs the final model on images of its own shape, on the device that it is on.
+
+    Args:
+        model: see `load_model`.
+        pixels_NCHW: uint8.
+
+    Returns:
+        The likeliest label of each image, int64 [N], and its probability, float32 [N].
+    """
+    device = model.normalise.mean_C11.device
+    probabilities_NK = model(torch.from_numpy(pixels_NCHW).to(device)).softmax(dim=1)
+    probability_N, label_N = probabilities_NK.max(dim=1)
+    return label_N.cpu().numpy(), probability_N.cpu().numpy()
+
+
+class Predictor:
+    """Adds `prediction` (class name), `label_idx` (int64) and `probability` (float32) to a batch.
+
+    Images are treated as by `nf-pipeline predict`: those of another size are resized where the model's are square,
+    grey ones become RGB for a model of colour images. The model is loaded once, by whoever makes the object.
+
+    Args:
+        uri: STORE/NAME of a finished run.
+        model: the factory, where the run was trained with one; registry models need nothing.
+        image_column: found by its type when not given.
+        keep_image: also return the image column, which is dropped otherwise.
+        on_bad_image: "skip" leaves out rows whose image cannot be decoded.
+        device: "cpu" or "cuda"; ask Ray for `num_gpus` as well to get a GPU of one's own.
+
+    Raises:
+        ObjectMissing: the run has no final model (yet).
+        ConfigError: the device is not there, or the run names a factory that `model` does not.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        model: str | None = None,
+        image_column: str | None = None,
+        keep_image: bool = False,
+        on_bad_image: Literal["error", "skip"] = "error",
+        device: Literal["cpu", "cuda"] = "cpu",
+    ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device: got 'cuda', and this process sees no GPU", "device='cpu', or num_gpus=1")
+        self._model = load_model(uri, model=model).to(device)
+        self._class_names = np.array(self._model.card.class_names)
+        self._image_column = image_column
+        self._keep_image = keep_image
+        self._skipped = SkippedImages(on_bad_image)
+
+    @property
+    def num_skipped(self) -> int:
+        """Images left out so far."""
+        return self._skipped.num_images
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the batch with predictions, rows in the same order.
+
+        Args:
+            batch: column -> numpy array of N rows; the images are uint8 arrays [N, H, W] or [N, H, W, C] (or an
+                object array of such images of any size), encoded files as bytes, or {bytes, path}.
+
+        Raises:
+            ConfigError: it is no numpy batch, or has a column with the name of a result.
+            DataError: the image column is not found, or an image cannot be decoded or has another shape.
+        """
+        _check_batch(batch)
+        column = self._image_column or _find_images(batch)
+        if column not in batch:
+            raise DataError(f"batch: missing column {column!r}; it has {_described(batch)}", _FIX_IMAGE)
+        rows, labels, probabilities = self._predict(batch[column], column)
+        kept = {name: values[rows] for name, values in batch.items() if self._keep_image or name != column}
+        added = dict(zip(ADDED, (self._class_names[labels], labels, probabilities), strict=True))
+        return {**kept, **added}
+
+    def _predict(self, images: np.ndarray, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the rows that could be decoded, their labels and probabilities."""
+        rows, labels, probabilities = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+        shape = self._model.card.image_shape
+
+        def where(row: int) -> str:
+            return f"batch, row {row}, column {column!r}"
+
+        for decoded in decode_stream(
+            _cells(images),
+            shape=shape,
+            image_size=resize_for(shape),
+            threads=DataConfig().decode_threads,
+            where=where,
+        ):
+            for row, reason in decoded.bad:
+                self._skipped.add(where(row), reason)
+            if len(decoded.rows):
+                label_N, probability_N = classify(self._model, decoded.images)
+                rows.append(decoded.rows)
+                labels.append(label_N)
+                probabilities.append(probability_N)
+        return np.concatenate(rows), np.concatenate(labels), np.concatenate(probabilities)
+
+
+def _check_batch(batch: Any) -> None:
+    if not isinstance(batch, Mapping) or not all(isinstance(column, np.ndarray) for column in batch.values()):
+        kind = f"{type(batch).__module__}.{type(batch).__qualname__}"
+        raise ConfigError(
+            f"batch: got {kind}, want a dict of numpy arrays", "map_batches(Predictor, batch_format='numpy', ...)"
+        )
+    taken = [name for name in ADDED if name in batch]
+    if taken:
+        raise ConfigError(f"batch: it has the columns {taken} already", "rename them before the prediction")
+
+
+def _find_images(batch: Mapping[str, np.ndarray]) -> str:
+    best = likeliest_images({name: _rank(column) for name, column in batch.items()})
+    if len(best) != 1:
+        problem = f"columns {best} could all be the image" if best else f"no column holds images ({_IMAGES})"
+        raise DataError(f"batch: {problem}; it has {_described(batch)}", _FIX_IMAGE)
+    return best[0]
+
+
+def _rank(column: np.ndarray) -> int | None:
+    """Ranks how surely a column holds images, as `columns.image_rank` does for Arrow types."""
+    if column.dtype == np.uint8:
+        return 1 if column.ndim in (3, 4) else None
+    first = next((cell for cell in column if cell is not None), None) if column.dtype == object else None
+    if isinstance(first, np.ndarray):
+        return 1 if first.dtype == np.uint8 and first.ndim in (2, 3) else None
+    if isinstance(first, Mapping):
+        return 0 if "bytes" in first else None
+    return 3 if isinstance(first, bytes) else None
+
+
+def _cells(images: np.ndarray) -> Iterator[RawImage]:
+    for row, cell in enumerate(images):
+        yield RawImage(row, _stored(cell))
+
+
+def _stored(cell: Any) -> StoredImage:
+    value = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    if isinstance(value, np.ndarray):
+        return pixels_of(value) if value.dtype == np.uint8 else Unusable(f"it is a {value.dtype} array, want uint8")
+    if isinstance(value, bytes):
+        return value or Unusable("it has no bytes")
+    return Unusable("it is null" if value is None else f"it is a {type(value).__name__}, want {_IMAGES}")
+
+
+def _described(batch: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{name!r} ({column.dtype} {list(column.shape)})" for name, column in batch.items())

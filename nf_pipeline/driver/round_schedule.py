@@ -1,0 +1,97 @@
+"""Which rounds of which blocks may start: pure decisions, tested without a cluster.
+
+A sequential run has one round per block. In a pipelined one round r of a block reads round r of the block before,
+so all blocks can work at the same time, each one round behind the block before it, and the result does not depend
+on timing. Entry class: `RoundSchedule`.
+"""
+
+from dataclasses import dataclass
+
+MAX_ROUNDS_AHEAD = 2
+"""A block may have finished this many rounds more than the block that reads them: it bounds what is stored."""
+
+
+@dataclass(frozen=True, order=True)
+class Round:
+    """One round of one block.
+
+    Attributes:
+        block_idx, round_idx: 0-based.
+    """
+
+    block_idx: int
+    round_idx: int
+
+
+class RoundSchedule:
+    """Keeps what is done, running and readable, and says what may start next."""
+
+    def __init__(
+        self, done: list[int], num_rounds: int, *, overlap: bool, found: frozenset[int] = frozenset()
+    ) -> None:
+        """Begins where earlier drivers ended.
+
+        Args:
+            done: committed rounds per block.
+            num_rounds: of every block.
+            overlap: whether a round may start while its input is still being written.
+            found: blocks that are finished, though one before them is not: they are compared with its commit.
+        """
+        self.done = done
+        self.num_rounds = num_rounds
+        self._overlap = overlap
+        self._found = found
+        self._running: set[Round] = set()
+        self._publishing: set[Round] = set()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every round of every block is committed."""
+        return all(count == self.num_rounds for count in self.done)
+
+    def ready(self) -> list[Round]:
+        """Lists the rounds that may start now, deepest block first: it has waited longest for its worker."""
+        candidates = [Round(block_idx, count) for block_idx, count in enumerate(self.done)]
+        return [candidate for candidate in reversed(candidates) if self._may_start(candidate)]
+
+    def start(self, work: Round) -> None:
+        """Notes that a round runs."""
+        self._running.add(work)
+
+    def publish(self, work: Round) -> None:
+        """Notes that a running round's activations can be read as they are written."""
+        self._publishing.add(work)
+
+    def finish(self, work: Round) -> None:
+        """Notes that a round is committed."""
+        self._running.discard(work)
+        self._publishing.discard(work)
+        self.done[work.block_idx] = work.round_idx + 1
+
+    def retired(self) -> list[Round]:
+        """Lists the rounds that nobody will read again: neither the block itself nor the next one.
+
+        The last round is the block's result and stays.
+        """
+        last = len(self.done) - 1
+        return [
+            Round(block_idx, round_idx)
+            for block_idx, count in enumerate(self.done)
+            for round_idx in range(count - 1)
+            if block_idx == last or self.done[block_idx + 1] > round_idx
+        ]
+
+    def _may_start(self, work: Round) -> bool:
+        if work.round_idx == self.num_rounds or work in self._running:
+            return False
+        if work.block_idx + 1 < len(self.done):
+            ahead = work.round_idx - self.done[work.block_idx + 1]
+            if ahead > MAX_ROUNDS_AHEAD and self.num_rounds > 1:
+                return False
+        return work.block_idx == 0 or self._has_input(work)
+
+    def _has_input(self, work: Round) -> bool:
+        before = Round(work.block_idx - 1, work.round_idx)
+        if self.done[before.block_idx] > before.round_idx:
+            return True
+        return self._overlap and before in self._publishing and work.block_idx not in self._found

@@ -1,0 +1,108 @@
+"""What a trained round leaves behind: one manifest, written last, by the worker that speaks for its gang."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import safetensors.torch
+
+from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.host import worker_name
+from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of, commit_manifest
+from nf_pipeline.storage.shards import ShardInfo
+from nf_pipeline.storage.store import Store
+from nf_pipeline.worker.block_input import activation_spec
+from nf_pipeline.worker.checkpoint import CheckpointRecord, delete_quietly, pack_units
+from nf_pipeline.worker.data_parallel import Replicas
+from nf_pipeline.worker.tasks import BlockTask, block_fingerprint, num_rounds
+
+Shards = dict[str, list[ShardInfo]]
+
+
+def merge_parts(store: Store, layout: RunLayout, task: BlockTask, shards: Shards, replicas: Replicas) -> Shards:
+    """Collects what all members of the gang wrote; rank 0 returns everything, the others what is theirs."""
+    prefix = layout.block_attempt(task.block_idx, task.attempt)
+    if task.gang.rank > 0:
+        own = {split: [asdict(shard) for shard in infos] for split, infos in shards.items()}
+        store.put(layout.part_record(prefix, task.gang.rank), json.dumps(own).encode())
+    replicas.barrier()
+    if task.gang.rank > 0:
+        return shards
+    records = [layout.part_record(prefix, rank) for rank in range(1, task.gang.size)]
+    for record in records:
+        for split, infos in json.loads(bytes(store.get(record))).items():
+            shards[split] += [ShardInfo(**info) for info in infos]
+    delete_quietly(store, records)
+    return shards
+
+
+def commit_block(
+    store: Store,
+    layout: RunLayout,
+    task: BlockTask,
+    units: Sequence[LocalUnit],
+    record: CheckpointRecord,
+    stage_input: StageManifest,
+    shards: Shards,
+) -> dict[str, Any]:
+    """Stores the manifest of a round, and the block's weights with that of the last one.
+
+    Before the last round the state after its last epoch takes the place of the weights: the next round goes on
+    from it.
+
+    Returns:
+        The block's entry of summary.json, and `val_correct` and `num_val`.
+
+    Raises:
+        AlreadyExists: another attempt committed first.
+    """
+    result = _result(task, record, shards)
+    manifest = StageManifest(
+        stage=task.stage,
+        fingerprint=block_fingerprint(task.config, task.block, task.round_idx, stage_input.content_checksum),
+        input_checksum=stage_input.content_checksum,
+        attempt=task.attempt,
+        spec=activation_spec(task, task.block_idx) if shards else None,
+        shards={split: tuple(infos) for split, infos in shards.items()},
+        weights=_store_weights(store, layout, task, units) if task.is_last_round else _state(store, record),
+        facts=result if task.is_last_round else {**result, "checkpoint": asdict(record)},
+    )
+    rounds = num_rounds(task.config)
+    commit_manifest(store, layout.round_manifest(task.block_idx, task.round_idx, rounds), manifest)
+    publications = [layout.publication(task.block_idx, task.round_idx, part) for part in range(task.gang.size)]
+    delete_quietly(store, [*publications, *([record.key] if task.is_last_round else [])])
+    return result
+
+
+def _store_weights(store: Store, layout: RunLayout, task: BlockTask, units: Sequence[LocalUnit]) -> ObjectInfo:
+    weights = safetensors.torch.save(pack_units(units, task.block.units[0]))
+    key = layout.weights(task.block_idx, task.attempt)
+    store.put(key, weights)
+    return ObjectInfo(key=key, num_bytes=len(weights), checksum=checksum_of(weights))
+
+
+def _state(store: Store, record: CheckpointRecord) -> ObjectInfo:
+    return ObjectInfo(key=record.key, num_bytes=store.size(record.key) or 0, checksum=record.checksum)
+
+
+def _result(task: BlockTask, record: CheckpointRecord, shards: Shards) -> dict[str, Any]:
+    block = task.block
+    return {
+        "block_idx": block.block_idx,
+        "layers": list(block.layers),
+        "batch_size": task.batch_size,
+        "budget_bytes": block.budget_bytes,
+        "predicted_peak_bytes": block.predicted_peak_bytes,
+        "measured_peak_bytes": record.peak_bytes,
+        "train_s": round(record.train_s, 3),
+        "loader_wait_s": round(record.loader_wait_s, 3),
+        "write_s": round(record.write_s, 3),
+        "shard_bytes": sum(shard.num_bytes for infos in shards.values() for shard in infos),
+        "num_shards": sum(len(infos) for infos in shards.values()),
+        "attempts": task.num_attempts,
+        "worker": worker_name(),
+        "val_correct": record.val_correct,
+        "num_val": record.num_val,
+    }

@@ -1,0 +1,129 @@
+"""What a block trains from: the images, or the activations of the block before, finished or still being written.
+
+The first epoch on fresh activations reads their shards in stored order, so that it can begin with the first of them,
+and shuffles rows within windows of shards. That holds whether or not the shards were already there: timing never
+changes a result. Entry class: `BlockInput`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from nf_pipeline.errors import StorageError
+from nf_pipeline.events import Progress
+from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.manifest import StageManifest
+from nf_pipeline.storage.parts import Part, part_rows
+from nf_pipeline.storage.published import Announcements, PublishedShards, Source
+from nf_pipeline.storage.reader import ShardReader
+from nf_pipeline.storage.shards import TensorSpec, rows_per_shard
+from nf_pipeline.storage.store import Store
+from nf_pipeline.worker.feed import Augmentation, Feed, open_feed
+from nf_pipeline.worker.progress_clock import ProgressClock
+from nf_pipeline.worker.stage_input import read_ingest
+from nf_pipeline.worker.tasks import BlockTask, num_rounds
+
+COMMIT_TIMEOUT_S = 600.0
+
+
+def activation_spec(task: BlockTask, block_idx: int) -> TensorSpec:
+    """Returns type and shape of what a block stores per sample."""
+    storage, block = task.config.storage, task.plan.blocks[block_idx]
+    shape = task.plan.layers[block.layers[1] - 1].out_shape
+    return TensorSpec(dtype=storage.dtype, shape=tuple(shape), codec=storage.codec)
+
+
+class BlockInput:
+    """The input of one round of a block, as one of its workers reads it."""
+
+    def __init__(self, store: Store, layout: RunLayout, task: BlockTask) -> None:
+        """Looks whether the input is finished.
+
+        Raises:
+            ObjectMissing: there are no ingested images.
+        """
+        self._task = task
+        self._store = store
+        self._ingest = read_ingest(store, layout)
+        self._announcements = None if task.block_idx == 0 else _announcements(store, layout, task)
+        if self._announcements is not None:
+            self._announcements.poll()
+
+    @property
+    def manifest(self) -> StageManifest | None:
+        """The input's commit; None while it is being written."""
+        return self._ingest if self._announcements is None else self._announcements.manifest
+
+    def wait_committed(self) -> Iterator[Progress]:
+        """Waits for the input's commit, which gives the work its fingerprint.
+
+        Raises:
+            InputReplaced: what was read was given up.
+            StorageError: the commit did not come in time.
+        """
+        clock = ProgressClock()
+        while self.manifest is None:
+            if clock.seconds > COMMIT_TIMEOUT_S:
+                what = f"{self._task.stage}: the block before did not commit within {COMMIT_TIMEOUT_S:.0f} s"
+                raise StorageError(what, self._store.uri, "resume the run")
+            clock.sleep()
+            self._announcements.poll()
+            if clock.is_due():
+                yield Progress(stage=self._task.stage, phase="wait", done=0, total=0)
+
+    def open_train(self, batch_size: int, device: torch.device) -> Feed:
+        """Opens this worker's part of the train split, whose shards may still be coming."""
+        if self.manifest is not None:
+            return self._open("train", batch_size, device, self._augmentation(None))
+        config, spec = self._task.config, activation_spec(self._task, self._task.block_idx - 1)
+        rows = part_rows(self._ingest.num_rows("train"), config.train.workers_per_block)
+        size = rows_per_shard(spec, config.storage.shard_bytes)
+        shards = PublishedShards(self._announcements, "train", rows, size)
+        reader = ShardReader(self._store, shards, spec, batch_size=batch_size, part=self._part)
+        return Feed(reader, spec, device, None)
+
+    def open_val(self, batch_size: int, device: torch.device) -> Feed:
+        """Opens this worker's part of the committed validation split."""
+        return self._open("val", batch_size, device, None)
+
+    def open_view(self, batch_size: int, device: torch.device) -> Feed:
+        """Opens this worker's part of the committed train split as the caching pass reads it.
+
+        A pipelined run caches new random changes of the images every round; a sequential one, which caches once,
+        the images as they are.
+        """
+        train = self._task.config.train
+        view = train.epochs + self._task.round_idx  # another one than any epoch's
+        augmentation = self._augmentation(view) if train.mode == "pipelined" else None
+        return self._open("train", batch_size, device, augmentation)
+
+    def _open(self, split: str, batch_size: int, device: torch.device, augmentation: Augmentation | None) -> Feed:
+        return open_feed(
+            self._store,
+            self.manifest,
+            split,
+            batch_size=batch_size,
+            device=device,
+            part=self._part,
+            augmentation=augmentation,
+        )
+
+    def _augmentation(self, view: int | None) -> Augmentation | None:
+        train = self._task.config.train
+        if train.augment == "none" or self._task.block_idx > 0:
+            return None
+        return Augmentation(kind=train.augment, seed=train.seed, view=view)
+
+    @property
+    def _part(self) -> Part:
+        return Part(index=self._task.gang.rank, count=self._task.gang.size)
+
+
+def _announcements(store: Store, layout: RunLayout, task: BlockTask) -> Announcements:
+    before, round_idx = task.block_idx - 1, task.round_idx
+    workers = range(task.config.train.workers_per_block)
+    source = Source(
+        manifest_key=layout.round_manifest(before, round_idx, num_rounds(task.config)),
+        publication_keys=tuple(layout.publication(before, round_idx, part) for part in workers),
+    )
+    return Announcements(store, source)
