@@ -1,4 +1,4 @@
-"""Holds the project's own files to what they promise: packaging, commands, containers."""
+"""Holds the project's own files to what they promise: packaging and commands. tests/infra does so for containers."""
 
 import fnmatch
 import os
@@ -8,13 +8,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
-COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf8")
-SERVICES = yaml.safe_load(COMPOSE_TEXT)["services"]
 
 ALLOWED_TOP_LEVEL = {
     *("nf_pipeline", "workflows", "tests", "infra", ".ci", ".git"),
@@ -97,50 +94,3 @@ def test_ci_run_calls_make_test():
     text = script.read_text(encoding="utf8")
     assert "set -euo pipefail" in text
     assert re.search(r"^(exec )?make test\b", text, re.MULTILINE)
-
-
-def test_compose_has_store_bucket_and_job():
-    assert set(SERVICES) == {"object-store", "bucket", "train"}
-    assert SERVICES["bucket"]["depends_on"]["object-store"]["condition"] == "service_healthy"
-    assert SERVICES["train"]["depends_on"]["bucket"]["condition"] == "service_completed_successfully"
-
-
-def test_compose_services_that_stay_have_a_health_check():
-    lasting = [service for service in SERVICES.values() if service["restart"] != "no"]
-    assert lasting
-    assert all(service["healthcheck"]["test"] for service in lasting)
-
-
-def test_compose_publishes_on_loopback_only():
-    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert ports
-    assert all(str(port).startswith("127.0.0.1:") for port in ports)
-
-
-def test_compose_has_no_default_credentials():
-    sensitive = re.compile(r"KEY|SECRET|PASSWORD|ROOT_USER")
-    values = [
-        value
-        for service in SERVICES.values()
-        for name, value in service.get("environment", {}).items()
-        if sensitive.search(name)
-    ]
-    assert len(values) == 6
-    assert all(re.fullmatch(r"\$\{NF_S3_(KEY|SECRET):\?[^}]+\}", value) for value in values)
-
-
-def test_compose_images_are_pinned():
-    defaults = re.findall(r"image: \$\{NF_S3_IMAGE:-(\S+?)\}", COMPOSE_TEXT)
-    assert set(defaults) == {"quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z"}
-
-
-def test_env_example_names_every_variable_and_gives_no_credential():
-    example = (ROOT / ".env.example").read_text(encoding="utf8")
-    assert set(re.findall(r"\$\{(\w+)", COMPOSE_TEXT)) == set(re.findall(r"^(?:# )?(NF_\w+)=", example, re.MULTILINE))
-    assert re.findall(r"^(NF_\w+)=(.*)$", example, re.MULTILINE) == [("NF_S3_KEY", ""), ("NF_S3_SECRET", "")]
-
-
-def test_image_runs_as_an_ordinary_user():
-    lines = (ROOT / "infra" / "Dockerfile").read_text(encoding="utf8").splitlines()
-    users = [line.split()[1] for line in lines if line.startswith("USER ")]
-    assert users and users[-1] not in ("root", "0")

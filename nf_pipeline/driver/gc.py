@@ -58,6 +58,9 @@ def _find_garbage(store: Store, layout: RunLayout, objects: list[tuple[str, int]
         if manifest is not None:
             committed.append(layout.attempt_prefix(stage, ""))
             named |= _named_keys(manifest)
+    for key, _ in objects:  # rounds of a finished block that the next block has yet to read
+        manifest = read_manifest(store, key) if layout.round_of(key) is not None else None
+        named |= _named_keys(manifest) if manifest is not None else set()
     found = {key for key, _ in objects if key.startswith(tuple(committed)) and key not in named}
     found |= _half_written(store, layout, {key for key, _ in objects})
     return [(key, size) for key, size in objects if key in found]
