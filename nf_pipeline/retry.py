@@ -22,7 +22,8 @@ class Decision(enum.Enum):
 def decide(error: BaseException, failures: int) -> Decision:
     """Decides from the error and how often this kind of error has ended an attempt, this time included.
 
-    A lost worker says nothing about the work: retry. So does an input that another attempt writes anew. Too much memory would happen again: retry smaller.
+    A lost worker says nothing about the work: retry. So does an input that another attempt writes anew. Too much
+    memory would happen again: retry smaller.
     Everything else (bad data, divergence, storage that stayed broken through its own retries) is final.
     """
     if isinstance(error, WorkerLost | InputReplaced) and failures < MAX_WORKERS_LOST:

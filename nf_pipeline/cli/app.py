@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import click
 
+from nf_pipeline.cli.cluster_commands import submit_command, worker_resources_command
 from nf_pipeline.cli.model_commands import evaluate_command, export_command, predict_command
 from nf_pipeline.cli.options import Session, debug_option
 from nf_pipeline.cli.store_commands import doctor_command, gc_command, status_command
@@ -52,6 +53,8 @@ for command in (
     plan_command,
     train_command,
     resume_command,
+    submit_command,
+    worker_resources_command,
     status_command,
     evaluate_command,
     predict_command,

@@ -191,7 +191,8 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "config_file",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="TOML file with one table per section; --set and the flags above override it.",
+            help="TOML file with one table per section, or JSON if its name ends in .json; --set and the flags above "
+            "override it.",
         )
     )
     decorators.append(

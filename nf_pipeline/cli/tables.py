@@ -40,7 +40,7 @@ def plan_text(plan: Plan, placement: Mapping[str, Any]) -> str:
 
     Args:
         plan: what would happen.
-        placement: executor, address and device, as configured.
+        placement: as `nf_pipeline.driver.preview.Preview` describes it.
     """
     shape = "x".join(map(str, plan.image_shape))
     head = (
@@ -49,10 +49,15 @@ def plan_text(plan: Plan, placement: Mapping[str, Any]) -> str:
         f"budget {format_bytes(plan.budget_bytes)}"
     )
     rows = [_plan_row(plan, block) for block in plan.blocks]
-    table = align(["block", "layers", "output", "batch", "predicted peak / budget", "shards"], rows)
+    titles = ["block", "layers", "output", "batch", "predicted peak / budget", "shards"]
+    if None not in placement["workers_that_fit"]:
+        titles += ["asks for", "workers that fit"]
+        asked = zip(rows, placement["block_memory_bytes"], placement["workers_that_fit"], strict=True)
+        rows = [[*row, format_bytes(needed), str(fitting)] for row, needed, fitting in asked]
+    table = align(titles, rows)
     shards = sum(block.shard_bytes for block in plan.blocks)
     foot = (
-        f"placement: one block after another {_where(placement)}, device {placement['device']}; "
+        f"placement: {_how(placement)} {_where(placement)}, device {placement['device']}; "
         f"activations {format_bytes(shards)} in all; profiled in {plan.profile_s:.1f} s"
     )
     reasons = [f"block {block.block_idx + 1}: {block.reason}" for block in plan.blocks]
@@ -140,6 +145,12 @@ def garbage_text(objects: Sequence[tuple[str, int]], *, dry_run: bool) -> str:
     lines = [f"{format_bytes(num_bytes):>10}  {key}" for key, num_bytes in objects]
     verb = "would delete" if dry_run else "deleted"
     return "\n".join([*lines, f"{verb} {len(objects)} objects, {total}"])
+
+
+def _how(placement: Mapping[str, Any]) -> str:
+    blocks = "one block after another" if placement["mode"] == "sequential" else "all blocks side by side, in rounds,"
+    num_workers = placement["workers_per_block"]
+    return blocks if num_workers == 1 else f"{blocks} with {num_workers} workers each"
 
 
 def _where(placement: Mapping[str, Any]) -> str:

@@ -36,22 +36,19 @@ EXAMPLE = "nf-pipeline {} --data digits --model vgg11_bn --memory-budget 64MiB"
 @json_option
 @debug_option
 def plan_command(*, as_json: bool, **given: Any) -> None:
-    """Show what train would do: blocks, batch sizes, predicted peaks, shard bytes.
+    """Show what train would do: blocks, batch sizes, predicted peaks, shard bytes, placement.
 
-    Reads the data set's labels and image size, profiles the model without allocating it, stores nothing.
+    Reads the data set's labels and image size, profiles the model without allocating it, stores nothing. With
+    --address it counts the cluster's workers that could hold each block.
     """
     from nf_pipeline.cli.tables import plan_text
 
     config = config_from(given)  # a typo is reported before torch is loaded, which takes seconds
-    from nf_pipeline.driver.preview import preview_plan
+    from nf_pipeline.driver.preview import preview
 
-    plan = preview_plan(config)
-    placement = {
-        "executor": config.cluster.executor,
-        "address": config.cluster.address,
-        "device": config.train.device,
-    }
-    print(json.dumps(plan.to_json() | {"placement": placement}) if as_json else plan_text(plan, placement))
+    seen = preview(config)
+    document = seen.plan.to_json() | {"placement": seen.placement}
+    print(json.dumps(document) if as_json else plan_text(seen.plan, seen.placement))
 
 
 @click.command(

@@ -280,9 +280,7 @@ def _verified_groups(job: _Job, start: int, stop: int, budget: int) -> list[tupl
     from its end. Every unit alone was found to fit, so the budget suffices.
     """
     names = job.network.unit_names
-    groups = partition(
-        job.units[start:stop], budget, job.memory, unit_names=names[start:stop], cap_name=job.cap_name
-    )
+    groups = partition(job.units[start:stop], budget, job.memory, unit_names=names[start:stop], cap_name=job.cap_name)
     available = effective_budget(budget, job.memory)
     pending = [replace(group, start=start + group.start, stop=start + group.stop) for group in reversed(groups)]
     verified = []

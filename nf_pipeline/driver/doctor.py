@@ -10,15 +10,15 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 from nf_pipeline.config import ClusterConfig
-from nf_pipeline.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STORAGE, AlreadyExists, NFError, StorageError
+from nf_pipeline.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STORAGE, AlreadyExists, ConfigError, NFError, StorageError
 from nf_pipeline.events import Event, Note
+from nf_pipeline.gpus import Driver, Gpu, read_driver
 from nf_pipeline.host import usable_cpus
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.units import format_bytes
@@ -97,21 +97,14 @@ def check_torch() -> list[Check]:
 def check_gpu(*, has_torch: bool = True) -> list[Check]:
     """Lists what the NVIDIA driver has, and computes on it with torch if that can be imported."""
     try:
-        import pynvml
-    except ImportError:
-        return [Check(name="gpu", state="warn", detail="no module pynvml", fix="pip install nvidia-ml-py")]
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        detail = f"no NVIDIA driver ({error}): training runs on the CPU"
-        return [Check(name="gpu", state="ok", detail=detail)]
-    try:
-        return list(_driver_checks(pynvml, has_torch=has_torch))
-    except pynvml.NVMLError as error:
-        fix = "run nvidia-smi; reload the driver or restart the machine"
-        return [Check(name="driver", state="fail", detail=f"the NVIDIA driver fails: {error}", fix=fix)]
-    finally:
-        pynvml.nvmlShutdown()
+        driver = read_driver()
+    except ConfigError as error:
+        return [Check(name="driver", state="fail", detail=error.what, fix=error.fix)]
+    if driver.problem and driver.fix:
+        return [Check(name="gpu", state="warn", detail=driver.problem, fix=driver.fix)]
+    if driver.problem:
+        return [Check(name="gpu", state="ok", detail=f"{driver.problem}: training runs on the CPU")]
+    return list(_driver_checks(driver, has_torch=has_torch))
 
 
 def check_threads() -> Check:
@@ -181,32 +174,19 @@ def check_disk(uri: str) -> list[Check]:
     return [Check(name="disk", state=state, detail=detail, fix="free space, or choose another --store")]
 
 
-def _driver_checks(nvml: ModuleType, *, has_torch: bool) -> Iterator[Check]:
-    count = nvml.nvmlDeviceGetCount()
-    yield Check(name="driver", state="ok", detail=f"NVIDIA {_text(nvml.nvmlSystemGetDriverVersion())}, {count} GPUs")
-    for gpu_idx in range(count):
-        yield Check(name=f"gpu {gpu_idx}", state="ok", detail=_describe_gpu(nvml, gpu_idx))
+def _driver_checks(driver: Driver, *, has_torch: bool) -> Iterator[Check]:
+    count = len(driver.gpus)
+    yield Check(name="driver", state="ok", detail=f"NVIDIA {driver.version}, {count} GPUs")
+    for gpu in driver.gpus:
+        yield Check(name=f"gpu {gpu.index}", state="ok", detail=_describe_gpu(gpu))
     if count and has_torch:
         yield _check_cuda(count)
 
 
-def _describe_gpu(nvml: ModuleType, gpu_idx: int) -> str:
-    handle = nvml.nvmlDeviceGetHandleByIndex(gpu_idx)
-    memory = _unless_unsupported(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
-    mig = _unless_unsupported(nvml, nvml.nvmlDeviceGetMigMode, handle)
-    parts = [_text(nvml.nvmlDeviceGetName(handle))]
-    if memory is not None:
-        parts.append(f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free")
-    if mig is not None and mig[0]:
-        parts.append("MIG on")
-    return ", ".join(parts)
-
-
-def _unless_unsupported(nvml: ModuleType, ask: Callable[[Any], Any], handle: Any) -> Any:
-    try:
-        return ask(handle)
-    except nvml.NVMLError:  # consumer cards know no MIG; a MIG slice may hide the whole card's memory
-        return None
+def _describe_gpu(gpu: Gpu) -> str:
+    if gpu.total_bytes is None or gpu.free_bytes is None:
+        return f"{gpu.name}, does not say how much memory it has"
+    return f"{gpu.name}, {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free"
 
 
 def _check_cuda(num_gpus: int) -> Check:
@@ -225,10 +205,6 @@ def _check_cuda(num_gpus: int) -> Check:
     except RuntimeError as error:
         return Check(name=name, state="fail", detail=f"torch cannot compute on it: {error}", fix=fix)
     return Check(name=name, state="ok", detail=f"torch (built for {built_for}) computes on it ({total:g} = 8)")
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value  # older nvidia-ml-py returns bytes
 
 
 def _probe(store: Store, key: str) -> Iterator[Check]:

@@ -1,22 +1,84 @@
-"""The plan of a run that has not begun: reads labels and one image, stores nothing."""
+"""The plan of a run that has not begun: reads labels and one image, stores nothing.
+
+Joins a Ray cluster only if the configuration names one, to see what its workers have. Entries: `preview`,
+`preview_plan`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core.planner import make_plan
 from nf_pipeline.data.survey import survey
+from nf_pipeline.driver.blocks import memory_of
+from nf_pipeline.executors import open_executor
+from nf_pipeline.executors.base import WorkerClass
 from nf_pipeline.plans import Plan
 
 
-def preview_plan(config: RunConfig) -> Plan:
-    """Decides blocks and batch sizes as `train` would.
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """A plan, and where its blocks could run.
+
+    Attributes:
+        config: that it was made for.
+        plan: the plan.
+        workers: classes of workers of the cluster, smallest memory first; empty if none was named.
+    """
+
+    config: RunConfig
+    plan: Plan
+    workers: tuple[WorkerClass, ...]
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """Describes as a JSON document where the run would take place and which workers could hold each block."""
+        cluster, train = self.config.cluster, self.config.train
+        needed = [memory_of(self.config, block) for block in self.plan.blocks]
+        return {
+            "executor": cluster.executor,
+            "address": cluster.address,
+            "device": train.device,
+            "mode": train.mode,
+            "workers_per_block": train.workers_per_block,
+            "block_memory_bytes": needed,
+            "workers_that_fit": [self._count_fitting(bytes_needed) for bytes_needed in needed],
+        }
+
+    def _count_fitting(self, needed_bytes: int) -> int | None:
+        """Counts the workers that could hold a block; None if nothing is known of them."""
+        if not self.workers:
+            return None
+        return sum(w.count for w in self.workers if w.memory_bytes is None or w.memory_bytes >= needed_bytes)
+
+
+def preview(config: RunConfig) -> Preview:
+    """Decides blocks and batch sizes as `train` would, and counts the workers that could hold them.
 
     Raises:
         DataError: the data set cannot be used.
         PlanError: the budget is too small; names the layer and the smallest budget.
+        ConfigError: there is no cluster at the address.
     """
+    workers = _worker_classes(config)
     surveyed = survey(config)
-    return make_plan(
+    plan = make_plan(
         config,
         image_shape=surveyed.image_shape,
         num_classes=len(surveyed.labels.class_names),
         split_rows=surveyed.split_rows,
+        worker_memory_bytes=[w.memory_bytes for w in workers if w.memory_bytes is not None],
     )
+    return Preview(config=config, plan=plan, workers=workers)
+
+
+def preview_plan(config: RunConfig) -> Plan:
+    """Decides blocks and batch sizes as `train` would; see `preview`."""
+    return preview(config).plan
+
+
+def _worker_classes(config: RunConfig) -> tuple[WorkerClass, ...]:
+    if config.cluster.executor == "inline" or config.cluster.address is None:
+        return ()
+    with open_executor(config.cluster) as executor:
+        return tuple(executor.worker_classes(config.train.device))

@@ -9,11 +9,6 @@ from nf_pipeline.events import Event
 
 Stage = Callable[[Any], Iterator[Event]]
 
-GPU_MEMORY = "gpu_mem_mib"
-"""Resource that a node with one GPU advertises: MiB that training may hold on it."""
-CPU_MEMORY = "cpu_mem_mib"
-"""The same of a worker that trains on its CPU."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nf_pipeline.executors.base import CPU_MEMORY, GPU_MEMORY, Resources, WorkerClass
+from nf_pipeline.executors.base import Resources, WorkerClass
+from nf_pipeline.worker_resources import CPU_MEMORY, GPU_MEMORY
 
 MIB = 2**20
 

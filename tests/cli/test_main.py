@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("plan", "train", "resume", "status", "evaluate", "predict", "export", "doctor", "gc")
+COMMANDS = (
+    *("plan", "train", "resume", "submit", "worker-resources"),
+    *("status", "evaluate", "predict", "export", "doctor", "gc"),
+)
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -29,7 +32,7 @@ def loaded_modules(*arguments: str) -> set[str]:
     return set(done.stderr.split())
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("status", "-h")])
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("submit", "--help"), ("status", "-h")])
 def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     heavy = {"torch", "torchvision", "ray", "pyarrow", "pydantic", "rich", "numpy", "s3fs", "PIL"}
     assert loaded_modules(*arguments) & heavy == set()

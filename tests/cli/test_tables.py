@@ -79,21 +79,37 @@ def two_block_plan() -> Plan:
     )
 
 
+def placement_on(**changes: Any) -> dict[str, Any]:
+    document = {
+        "executor": "ray",
+        "address": None,
+        "device": "auto",
+        "mode": "sequential",
+        "workers_per_block": 1,
+        "block_memory_bytes": [62 * MIB, 33 * MIB],
+        "workers_that_fit": [None, None],
+    }
+    return {**document, **changes}
+
+
 def test_plan_text_has_a_row_per_block_with_the_reason() -> None:
-    placement = {"executor": "ray", "address": "head:6379", "device": "auto"}
-    text = plan_text(two_block_plan(), placement)
+    text = plan_text(two_block_plan(), placement_on(address="head:6379", workers_that_fit=[1, 5]))
     first, second = (line for line in text.splitlines() if line.strip().startswith(("1/2", "2/2")))
     assert "block 1: the next unit's batch differs by 50 %" in text.splitlines()
     assert "0-1" in first and "48" in first and "60.0/64.0 MiB (94 %)" in first and "2.0 MiB" in first
     assert "2-2" in second and "128" in second and "32.0/64.0 MiB (50 %)" in second
+    assert first.endswith("62.0 MiB                 1") and second.endswith("33.0 MiB                 5")
     assert "convnet: 3 layers, 1 units, 12.3 k parameters, images 1x8x8, 10 classes, budget 64.0 MiB" in text
     assert "on the Ray at head:6379, device auto; activations 2.0 MiB in all; profiled in 1.2 s" in text
 
 
 def test_plan_text_names_each_kind_of_placement() -> None:
     plan = two_block_plan()
-    assert "in this process" in plan_text(plan, {"executor": "inline", "address": None, "device": "cpu"})
-    assert "on a local Ray" in plan_text(plan, {"executor": "ray", "address": None, "device": "cpu"})
+    inline = plan_text(plan, placement_on(executor="inline"))
+    assert "one block after another in this process" in inline and "workers that fit" not in inline
+    assert "on a local Ray" in plan_text(plan, placement_on())
+    rounds = plan_text(plan, placement_on(mode="pipelined", workers_per_block=2))
+    assert "all blocks side by side, in rounds, with 2 workers each on a local Ray" in rounds
 
 
 def summary_document(**changes: Any) -> dict[str, Any]:

@@ -123,7 +123,10 @@ def test_plan_predicts_the_peaks_of_the_run(trained) -> None:
     planned = [(block["batch_size"], block["predicted_peak_bytes"]) for block in plan["blocks"]]
     blocks = read_summary(folder)["blocks"]
     assert planned == [(block["batch_size"], block["predicted_peak_bytes"]) for block in blocks]
-    assert plan["placement"] == {"executor": "inline", "address": None, "device": "cpu"}
+    placement = plan["placement"]
+    assert (placement["executor"], placement["address"], placement["device"]) == ("inline", None, "cpu")
+    assert placement["workers_that_fit"] == [None] * len(plan["blocks"])
+    assert all(needed <= plan["budget_bytes"] for needed in placement["block_memory_bytes"])
     assert [path.name for path in folder.iterdir()] == ["nf-runs"]
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from nf_pipeline.config import RunConfig
+from nf_pipeline.driver.preview import preview
 from nf_pipeline.driver.run import train
 from nf_pipeline.driver.status import read_status
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.events import EpochDone, Event, Note, Publishing, StageDone, StageFailed, StageStarted
-from nf_pipeline.executors.base import CPU_MEMORY, GPU_MEMORY
+from nf_pipeline.worker_resources import CPU_MEMORY, GPU_MEMORY
 
 pytestmark = pytest.mark.ray
 
@@ -89,6 +90,14 @@ def test_block_that_needs_more_than_the_small_workers_have_runs_on_the_large_one
     assert needing
     placed = started(events)
     assert len({placed[f"block-{block['block_idx']:03d}"] for block in needing}) == 1
+
+
+def test_plan_counts_the_workers_that_could_hold_each_block(on_cluster: MakeConfig) -> None:
+    seen = preview(on_cluster(memory__budget_bytes="auto", memory__min_batch_size=64))
+    assert [worker.memory_bytes for worker in seen.workers] == [3 * MIB, 8 * MIB]
+    fitting = [1 if block.budget_bytes == 8 * MIB else 2 for block in seen.plan.blocks]
+    assert set(fitting) == {1, 2}
+    assert seen.placement["workers_that_fit"] == fitting
 
 
 def test_budget_that_no_worker_has_fails_before_anything_is_read(on_cluster: MakeConfig, tmp_path: Path) -> None:

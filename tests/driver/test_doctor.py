@@ -143,8 +143,10 @@ def fake_driver(**changes: Any) -> SimpleNamespace:
         "nvmlDeviceGetCount": lambda: 1,
         "nvmlSystemGetDriverVersion": lambda: b"550.54",
         "nvmlDeviceGetHandleByIndex": lambda idx: idx,
+        "nvmlDeviceGetUUID": lambda handle: f"GPU-{handle}",
         "nvmlDeviceGetName": lambda handle: "Tesla K80",
-        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(free=11 * 2**30, total=12 * 2**30),
+        "nvmlMemory_v2": 2,
+        "nvmlDeviceGetMemoryInfo": lambda handle, version=1: SimpleNamespace(free=11 * 2**30, total=12 * 2**30),
         "nvmlDeviceGetMigMode": no_mig,
     }
     return SimpleNamespace(**answers | changes)
@@ -181,12 +183,11 @@ def test_driver_that_lost_its_gpu_is_a_failure_and_not_an_error(monkeypatch: pyt
 
 
 def test_gpu_that_hides_its_memory_is_listed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hidden(_handle: object) -> object:
+    def hidden(_handle: object, _version: int = 1) -> object:
         raise NotSupported
 
-    driver = fake_driver(nvmlDeviceGetMemoryInfo=hidden, nvmlDeviceGetMigMode=lambda handle: [1, 1])
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
-    assert check_gpu(has_torch=False)[1].detail == "Tesla K80, MIG on"
+    monkeypatch.setitem(sys.modules, "pynvml", fake_driver(nvmlDeviceGetMemoryInfo=hidden))
+    assert check_gpu(has_torch=False)[1].detail == "Tesla K80, does not say how much memory it has"
 
 
 def test_gpu_that_torch_cannot_see_is_a_failure_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
