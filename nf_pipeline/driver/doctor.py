@@ -19,7 +19,7 @@ from nf_pipeline.config import ClusterConfig
 from nf_pipeline.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STORAGE, AlreadyExists, ConfigError, NFError, StorageError
 from nf_pipeline.events import Event, Note
 from nf_pipeline.gpus import Driver, Gpu, read_driver
-from nf_pipeline.host import usable_cpus
+from nf_pipeline.host import usable_cpus, worker_name
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.units import format_bytes
 
@@ -28,7 +28,7 @@ State = Literal["ok", "warn", "fail"]
 MIN_PYTHON = (3, 11)
 LOW_DISK_BYTES = 5 * 2**30
 NO_DISK_BYTES = 2**28
-_GREETING_STAGE = "nf_pipeline.driver.doctor:greet"
+GREETING_STAGE = "nf_pipeline.driver.doctor:greet"
 _PROBE = b"nf-pipeline doctor\n" * 64
 
 
@@ -135,7 +135,7 @@ def check_ray_task() -> Check:
 
     try:
         with open_executor(ClusterConfig()) as executor:
-            events = list(executor.run("doctor", _GREETING_STAGE, None, Resources(num_cpus=1, device="cpu")))
+            events = list(executor.run("doctor", GREETING_STAGE, None, Resources(num_cpus=1, device="cpu")))
     except (NFError, ImportError, OSError) as error:
         detail = str(error).splitlines()[0]
         return Check(name="ray: task", state="fail", detail=detail, fix="use --executor inline, or see Ray's logs")
@@ -144,7 +144,7 @@ def check_ray_task() -> Check:
 
 def greet(_task: None) -> Iterator[Event]:
     """The smallest stage: says hello from wherever it runs."""
-    yield Note(stage="doctor", text="hello")
+    yield Note(stage="doctor", text=f"hello from {worker_name()}")
 
 
 def check_store(uri: str) -> list[Check]:

@@ -1,17 +1,21 @@
 """Whole runs on a real Ray of several nodes: placement by memory, lost nodes, gangs, rounds, overlap."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from nf_pipeline.config import RunConfig
+from nf_pipeline.driver.doctor import GREETING_STAGE
 from nf_pipeline.driver.preview import preview
 from nf_pipeline.driver.run import train
 from nf_pipeline.driver.status import read_status
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.events import EpochDone, Event, Note, Publishing, StageDone, StageFailed, StageStarted
+from nf_pipeline.executors import open_executor
+from nf_pipeline.executors.base import Resources
 from nf_pipeline.worker_resources import CPU_MEMORY, GPU_MEMORY
 
 pytestmark = pytest.mark.ray
@@ -113,6 +117,28 @@ def test_gpu_blocks_ask_for_a_gpu_and_its_memory(on_cluster: MakeConfig, nodes: 
             train(on_cluster(memory__budget_bytes="6GiB", train__device="auto"))
     finally:
         nodes.lose(gpu)
+
+
+def test_gpu_stage_ends_its_process_so_that_its_memory_is_free(on_cluster: MakeConfig, nodes: Nodes) -> None:
+    gpu = nodes.add(gpu=True, **{GPU_MEMORY: 3500})
+    try:
+        with open_executor(on_cluster().cluster) as executor:
+            asked = Resources(num_cpus=1, device="cuda", memory_bytes=3500 * MIB)
+            pids = set()
+            for _ in range(2):
+                (hello,) = executor.run("greet", GREETING_STAGE, None, asked)
+                pids.add(int(hello.text.rpartition(":")[2]))
+            assert len(pids) == 2
+            _wait_until_gone(pids)
+    finally:
+        nodes.lose(gpu)
+
+
+def _wait_until_gone(pids: set[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a GPU worker outlived its stage"
+        time.sleep(0.1)
 
 
 def test_pipelined_run_equals_the_inline_one_bit_for_bit(on_cluster: MakeConfig, digits_config: MakeConfig) -> None:
