@@ -163,7 +163,8 @@ class ClusterConfig(_Section):
     placement_timeout_s: float = Field(default=60.0, gt=0.0)
     """How long a task may wait for a worker that others of this run do not hold, before the run fails."""
     autoscaling: bool = False
-    """Whether the cluster adds nodes when tasks wait; then nothing is refused because no node holds it yet."""
+    """Whether the cluster adds nodes when tasks wait; then nothing is refused because no node holds it yet. Name the
+    device and the budget: what nodes will have cannot be read from a cluster that has none."""
     overlap: bool = True
     """Whether a block may start on its input's first shards while the block before still writes the rest."""
 

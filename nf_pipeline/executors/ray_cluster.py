@@ -36,7 +36,7 @@ from nf_pipeline.errors import BlockError, ConfigError, InternalError, NFError, 
 from nf_pipeline.events import Event
 from nf_pipeline.executors.base import Resources, WorkerClass, load_stage
 from nf_pipeline.executors.ray_metrics import RunMetrics
-from nf_pipeline.executors.ray_nodes import classes_of, find_missing, living, needs_gpu, wanted_of
+from nf_pipeline.executors.ray_nodes import classes_of, find_missing, living, wanted_of
 from nf_pipeline.gang import Gang
 
 logger = logging.getLogger(__name__)
@@ -163,10 +163,8 @@ class RayExecutor:
         self.close()
 
     def _request(self, name: str, resources: Resources) -> _Request:
-        nodes = living(ray.nodes())
-        if resources.device == "auto" and needs_gpu("auto", nodes):
-            resources = replace(resources, device="cuda")
-        return _Request(name=name, wanted=wanted_of(resources, nodes), num_workers=resources.num_workers)
+        wanted = wanted_of(resources, living(ray.nodes()), autoscaling=self._is_autoscaling)
+        return _Request(name=name, wanted=wanted, num_workers=resources.num_workers)
 
     @staticmethod
     def _find_missing(request: _Request) -> str | None:

@@ -28,15 +28,21 @@ def needs_gpu(device: str, nodes: Sequence[Node]) -> bool:
     return device == "cuda" or (device == "auto" and any(node.get("GPU", 0) > 0 for node in nodes))
 
 
-def wanted_of(resources: Resources, nodes: Sequence[Node]) -> dict[str, float]:
+def wanted_of(resources: Resources, nodes: Sequence[Node], *, autoscaling: bool = False) -> dict[str, float]:
     """Returns what one worker of a stage asks of its node: Ray resource -> amount.
 
     Memory is asked for only where some node advertises it.
+
+    Args:
+        resources: of the stage.
+        nodes: that live now.
+        autoscaling: whether nodes may still come; GPU nodes that are not there yet are taken to advertise theirs.
     """
     on_gpu = needs_gpu(resources.device, nodes)
     wanted = {"CPU": float(resources.num_cpus), "GPU": 1.0 if on_gpu else 0.0}
     memory = GPU_MEMORY if on_gpu else CPU_MEMORY
-    if resources.memory_bytes and any(memory in node for node in nodes):
+    advertised = any(memory in node for node in nodes) or (autoscaling and on_gpu)
+    if resources.memory_bytes and advertised:
         wanted[memory] = float(-(-resources.memory_bytes // MIB))
     return wanted
 

@@ -1,6 +1,7 @@
 """Pipelined runs in one process: what they store, what they end with, and how they continue after a stop."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_every_block_trains_every_epoch_once_in_rounds_behind_the_block_before(p
     blocks = sorted({stage for stage, _ in epochs})
     for stage in blocks:
         assert [epoch for name, epoch in epochs if name == stage] == list(range(1, NUM_ROUNDS + 1))
-    for before, after in zip(blocks, blocks[1:], strict=False):
+    for before, after in pairwise(blocks):
         for last_epoch in (2, 4, 5):
             first_epoch = last_epoch - (last_epoch - 1) % 2
             assert epochs.index((before, last_epoch)) < epochs.index((after, first_epoch))

@@ -44,6 +44,11 @@ def test_memory_is_asked_for_where_nodes_advertise_it(asked: Resources, nodes: l
     assert wanted_of(asked, nodes) == wanted
 
 
+def test_gpu_memory_is_asked_for_before_any_node_is_there_if_nodes_may_come() -> None:
+    assert wanted_of(resources(3000, "cuda"), [HEAD], autoscaling=True)["gpu_mem_mib"] == 3000
+    assert "gpu_mem_mib" not in wanted_of(resources(3000, "cuda"), [HEAD])
+
+
 def test_part_of_a_mebibyte_is_rounded_up() -> None:
     asked = Resources(num_cpus=1, device="cpu", memory_bytes=63 * MIB + 1)
     assert wanted_of(asked, [EDGE])["cpu_mem_mib"] == 64

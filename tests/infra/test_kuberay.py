@@ -160,8 +160,9 @@ def test_job_ends_and_cleans_up():
 def test_entrypoint_of_the_job_is_a_command_that_exists():
     program, command, *flags = shlex.split(JOB["spec"]["entrypoint"])
     assert (program, command) == ("nf-pipeline", "train")
-    # plan takes the flags of train; an impossible model ends it before it does any work
-    answer = CliRunner().invoke(command_line, ["plan", *flags, "--model", "no_such_model", "--data", "digits"])
+    # plan takes the flags of train; an impossible model ends it before it does any work, here and without a cluster
+    here = ["--data", "digits", "--executor", "inline", "--device", "cpu"]
+    answer = CliRunner().invoke(command_line, ["plan", *flags, *here, "--model", "no_such_model"])
     assert "no_such_model" in str(answer.exception), (answer.output, answer.exception)
 
 
