@@ -1,6 +1,7 @@
 """The KubeRay manifests: read by Ray's own autoscaler code, pods checked against Kubernetes' schemas."""
 
 import re
+import runpy
 import shlex
 import tomllib
 from typing import Any
@@ -8,16 +9,15 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from click.testing import CliRunner
 from compose_file import ROOT
 
-from nf_pipeline.cli.app import command_line
 from nf_pipeline.gpus import Gpu
 from nf_pipeline.units import parse_bytes
 from nf_pipeline.worker_resources import advertise
 
 KUBERNETES = "1.31"
 CLUSTER = yaml.safe_load((ROOT / "infra" / "kuberay" / "raycluster.yaml").read_text(encoding="utf8"))
+DOCKERFILE = (ROOT / "infra" / "Dockerfile").read_text(encoding="utf8")
 JOB = yaml.safe_load((ROOT / "infra" / "kuberay" / "rayjob.yaml").read_text(encoding="utf8"))
 
 # Of ray.io/v1 as KubeRay 1.5 documents it: what these manifests may use, so that a misspelt field is found.
@@ -157,13 +157,15 @@ def test_job_ends_and_cleans_up():
     assert spec["activeDeadlineSeconds"] > 0 and spec["backoffLimit"] > 0
 
 
-def test_entrypoint_of_the_job_is_a_command_that_exists():
-    program, command, *flags = shlex.split(JOB["spec"]["entrypoint"])
-    assert (program, command) == ("nf-pipeline", "train")
-    # plan takes the flags of train; an impossible model ends it before it does any work, here and without a cluster
-    here = ["--data", "digits", "--executor", "inline", "--device", "cpu"]
-    answer = CliRunner().invoke(command_line, ["plan", *flags, *here, "--model", "no_such_model"])
-    assert "no_such_model" in str(answer.exception), (answer.output, answer.exception)
+def test_entrypoint_of_the_job_is_the_job_script_with_settings_that_exist():
+    program, script, *flags = shlex.split(JOB["spec"]["entrypoint"])
+    assert program == "python"
+    workdir = re.search(r"^WORKDIR (.+)\nCOPY pyproject", DOCKERFILE, re.MULTILINE).group(1)
+    assert "COPY workflows ./workflows" in DOCKERFILE
+    module = runpy.run_path(str(ROOT / script.removeprefix(f"{workdir}/")), run_name="job")
+    config = module["make_config"](module["parse_arguments"](flags))
+    assert (config.cluster.address, config.cluster.executor, config.train.device) == ("auto", "ray", "cuda")
+    assert config.cluster.autoscaling  # there may be no worker yet
 
 
 def test_budget_of_the_job_fits_what_a_worker_advertises():
@@ -171,4 +173,3 @@ def test_budget_of_the_job_fits_what_a_worker_advertises():
     budget_bytes = parse_bytes(flags[flags.index("--memory-budget") + 1])
     (memory_mib,) = ADVERTISED.resources.values()
     assert budget_bytes <= memory_mib * 2**20
-    assert "cluster.autoscaling=true" in flags  # there may be no worker yet
