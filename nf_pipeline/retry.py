@@ -5,7 +5,7 @@ Ray would retry with the same resources, so the decision is made here, with a bu
 
 import enum
 
-from nf_pipeline.errors import InputReplaced, OutOfBudget, WorkerLost
+from nf_pipeline.errors import OutOfBudget, WorkerLost
 
 MAX_WORKERS_LOST = 4
 MAX_TIMES_OUT_OF_BUDGET = 3
@@ -22,11 +22,11 @@ class Decision(enum.Enum):
 def decide(error: BaseException, failures: int) -> Decision:
     """Decides from the error and how often this kind of error has ended an attempt, this time included.
 
-    A lost worker says nothing about the work: retry. So does an input that another attempt writes anew. Too much
-    memory would happen again: retry smaller.
-    Everything else (bad data, divergence, storage that stayed broken through its own retries) is final.
+    A lost worker says nothing about the work: retry. Too much memory would happen again: retry smaller.
+    Everything else (bad data, divergence, storage that stayed broken through its own retries) is final. So is an
+    input that was given up: the stage must wait until it is written anew, which is not for this table to know.
     """
-    if isinstance(error, WorkerLost | InputReplaced) and failures < MAX_WORKERS_LOST:
+    if isinstance(error, WorkerLost) and failures < MAX_WORKERS_LOST:
         return Decision.RETRY
     if isinstance(error, OutOfBudget) and failures < MAX_TIMES_OUT_OF_BUDGET:
         return Decision.SHRINK_BATCH

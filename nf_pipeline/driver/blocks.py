@@ -13,8 +13,8 @@ from nf_pipeline.core.partition import budget_for
 from nf_pipeline.driver.round_schedule import Round, RoundSchedule
 from nf_pipeline.driver.stage_runner import StageRunner, StageWork
 from nf_pipeline.driver.stages import block_stage
-from nf_pipeline.errors import ObjectMissing, StorageError
-from nf_pipeline.events import Event, Publishing
+from nf_pipeline.errors import InputReplaced, ObjectMissing, StorageError
+from nf_pipeline.events import Event, Publishing, StageFailed
 from nf_pipeline.executors.base import Executor, Resources
 from nf_pipeline.plans import BlockPlan, Plan
 from nf_pipeline.retry import shrink_batch
@@ -70,7 +70,7 @@ class BlockRuns:
     def _run_serial(self, schedule: RoundSchedule) -> None:
         while not schedule.is_finished:
             work = schedule.ready()[0]
-            self._train(work, lambda event: None)
+            self._train(work, schedule)
             schedule.finish(work)
             self._retire(schedule)
 
@@ -81,35 +81,41 @@ class BlockRuns:
             while not schedule.is_finished:
                 for work in schedule.ready():
                     schedule.start(work)
-                    listen = self._publisher(schedule, work)
-                    running[pool.submit(self._train, work, listen)] = work
+                    running[pool.submit(self._train, work, schedule)] = work
                 # Woken now and then: a round may have begun to publish.
                 finished, _ = wait(running, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    future.result()
-                    schedule.finish(running.pop(future))
-                    self._retire(schedule)
+                    self._take_end(schedule, running.pop(future), future)
         except BaseException:
             self.executor.stop()
             raise
         finally:
             pool.shutdown(wait=True)
 
-    @staticmethod
-    def _publisher(schedule: RoundSchedule, work: Round) -> Callable[[Event], None]:
-        def listen(event: Event) -> None:
-            if isinstance(event, Publishing):
-                schedule.publish(work)
+    def _take_end(self, schedule: RoundSchedule, work: Round, future: Future[None]) -> None:
+        try:
+            future.result()
+        except InputReplaced as replaced:
+            # The block before was lost while it wrote; its next attempt may need the worker that this round held.
+            logger.info("%s", replaced)
+            schedule.give_back(work)
+            return
+        schedule.finish(work)
+        self._retire(schedule)
 
-        return listen
-
-    def _train(self, work: Round, listen: Callable[[Event], None]) -> None:
+    def _train(self, work: Round, schedule: RoundSchedule) -> None:
         """Brings one round to its commit."""
         block_idx = work.block_idx
         if self.num_rounds == 1 and block_idx > 0 and self._manifest(work) is not None:
             self._verify_final(block_idx, read_block(self.store, self.layout, block_idx - 1))
             return
-        before = self._count_attempts(block_idx) - work.round_idx
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Publishing):
+                schedule.publish(work)
+            elif isinstance(event, StageFailed):
+                schedule.withdraw(work)
+
         self.runner.run(
             StageWork(
                 name=block_stage(block_idx),
@@ -117,7 +123,8 @@ class BlockRuns:
                 make_task=self._task_maker(work),
                 resources=self._resources(block_idx),
                 commit_key=self.layout.round_manifest(block_idx, work.round_idx, self.num_rounds),
-                attempts_before=before,
+                attempts_before=self._count_attempts(block_idx) - work.round_idx,
+                is_wanted=lambda: schedule.has_input(work),
             ),
             listen,
         )

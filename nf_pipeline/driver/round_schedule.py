@@ -62,6 +62,14 @@ class RoundSchedule:
         """Notes that a running round's activations can be read as they are written."""
         self._publishing.add(work)
 
+    def withdraw(self, work: Round) -> None:
+        """Notes that a running round failed: what it had published will be written anew."""
+        self._publishing.discard(work)
+
+    def give_back(self, work: Round) -> None:
+        """Notes that a round was ended because its input was withdrawn: it may start when that is there again."""
+        self._running.discard(work)
+
     def finish(self, work: Round) -> None:
         """Notes that a round is committed."""
         self._running.discard(work)
@@ -88,9 +96,12 @@ class RoundSchedule:
             ahead = work.round_idx - self.done[work.block_idx + 1]
             if ahead > MAX_ROUNDS_AHEAD and self.num_rounds > 1:
                 return False
-        return work.block_idx == 0 or self._has_input(work)
+        return self.has_input(work)
 
-    def _has_input(self, work: Round) -> bool:
+    def has_input(self, work: Round) -> bool:
+        """Whether what a round reads is committed or, where that will do, being written."""
+        if work.block_idx == 0:
+            return True
         before = Round(work.block_idx - 1, work.round_idx)
         if self.done[before.block_idx] > before.round_idx:
             return True

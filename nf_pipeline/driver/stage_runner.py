@@ -6,9 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from nf_pipeline.driver.event_log import EventLog, Listener
-from nf_pipeline.errors import AlreadyExists, InternalError, ObjectCorrupt, OutOfBudget, StageStopped
+from nf_pipeline.errors import (
+    AlreadyExists,
+    InputReplaced,
+    InternalError,
+    ObjectCorrupt,
+    OutOfBudget,
+    StageStopped,
+)
 from nf_pipeline.events import Event, Note, StageDone, StageFailed, StageSkipped
-from nf_pipeline.executors.base import Executor, Resources
+from nf_pipeline.executors.base import Executor, IsWanted, Resources, always
 from nf_pipeline.retry import Decision, decide
 from nf_pipeline.storage.layout import new_attempt_id
 from nf_pipeline.storage.manifest import StageManifest, read_manifest, verify_manifest
@@ -29,6 +36,7 @@ class StageWork:
         resources: what the worker must have.
         commit_key: object whose existence means that the stage is done; "" if the driver commits it.
         attempts_before: by earlier drivers.
+        is_wanted: asked while the stage waits or runs elsewhere; False ends it with `InputReplaced`.
     """
 
     name: str
@@ -37,6 +45,7 @@ class StageWork:
     resources: Resources
     commit_key: str = ""
     attempts_before: int = 0
+    is_wanted: IsWanted = always
 
 
 def ignore(event: Event) -> None:
@@ -103,8 +112,8 @@ class StageRunner:
             attempt = new_attempt_id()
             try:
                 return self._attempt(work, attempt, failures, listen)
-            except StageStopped:
-                raise
+            except (StageStopped, InputReplaced):
+                raise  # the work is as good as before: whoever started it knows when to start it again
             except AlreadyExists:
                 # An attempt that was given up for lost can still finish first: its commit counts.
                 self._log.add(Note(stage=work.name, text=f"attempt {attempt}: another one committed first"))
@@ -112,9 +121,9 @@ class StageRunner:
             except Exception as error:  # logged here, whatever it is, and raised again unless it is worth a retry
                 failures[type(error)] += 1
                 decision = decide(error, failures[type(error)])
-                self._log.add(
-                    StageFailed(stage=work.name, attempt=attempt, error=type(error).__name__, text=str(error))
-                )
+                failed = StageFailed(stage=work.name, attempt=attempt, error=type(error).__name__, text=str(error))
+                self._log.add(failed)
+                listen(failed)
                 if decision is Decision.RAISE:
                     raise
                 note = f"attempt {failures.total()} failed ({type(error).__name__}): {decision.value}"
@@ -130,7 +139,7 @@ class StageRunner:
         task = work.make_task(attempt, num_attempts, failures[OutOfBudget])
         name = f"{self._run}/{work.name} attempt {num_attempts}"
         result = None
-        for event in self._executor.run(name, work.function, task, work.resources):
+        for event in self._executor.run(name, work.function, task, work.resources, work.is_wanted):
             self._log.add(event)
             listen(event)
             if isinstance(event, StageDone):

@@ -8,6 +8,12 @@ from typing import Any, Protocol
 from nf_pipeline.events import Event
 
 Stage = Callable[[Any], Iterator[Event]]
+IsWanted = Callable[[], bool]
+
+
+def always() -> bool:
+    """Wants a stage until its end."""
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,9 @@ class Executor(Protocol):
         """
         ...
 
-    def run(self, name: str, stage: str, task: Any, resources: Resources) -> Iterator[Event]:
+    def run(
+        self, name: str, stage: str, task: Any, resources: Resources, is_wanted: IsWanted = always
+    ) -> Iterator[Event]:
         """Runs one stage and yields its events as they happen.
 
         Args:
@@ -74,9 +82,11 @@ class Executor(Protocol):
             task: its picklable argument; a dataclass with a field `gang` if there are several workers, each of
                 which gets its own place in it.
             resources: what each worker must have.
+            is_wanted: asked about once a second while the stage waits or runs elsewhere.
 
         Raises:
             NFError: as the stage raised it.
+            InputReplaced: the stage was ended because it is no longer wanted.
             WorkerLost: a process or node that ran the stage died.
             StageStopped: `stop` was called meanwhile.
         """

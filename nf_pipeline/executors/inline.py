@@ -5,7 +5,7 @@ from typing import Any
 
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.events import Event
-from nf_pipeline.executors.base import Resources, WorkerClass, load_stage
+from nf_pipeline.executors.base import IsWanted, Resources, WorkerClass, always, load_stage
 
 
 class InlineExecutor:
@@ -28,7 +28,9 @@ class InlineExecutor:
                 "--executor ray, or leave --workers-per-block at 1",
             )
 
-    def run(self, name: str, stage: str, task: Any, resources: Resources) -> Iterator[Event]:
+    def run(
+        self, name: str, stage: str, task: Any, resources: Resources, is_wanted: IsWanted = always
+    ) -> Iterator[Event]:
         """Yields the stage's events; nothing is shipped anywhere."""
         self.check(name, resources)
         yield from load_stage(stage)(task)

@@ -32,9 +32,17 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nf_pipeline.config import ClusterConfig
-from nf_pipeline.errors import BlockError, ConfigError, InternalError, NFError, StageStopped, WorkerLost
+from nf_pipeline.errors import (
+    BlockError,
+    ConfigError,
+    InputReplaced,
+    InternalError,
+    NFError,
+    StageStopped,
+    WorkerLost,
+)
 from nf_pipeline.events import Event
-from nf_pipeline.executors.base import Resources, WorkerClass, load_stage
+from nf_pipeline.executors.base import IsWanted, Resources, WorkerClass, always, load_stage
 from nf_pipeline.executors.ray_metrics import RunMetrics
 from nf_pipeline.executors.ray_nodes import classes_of, find_missing, living, wanted_of
 from nf_pipeline.gang import Gang
@@ -74,11 +82,12 @@ def _find_address() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """One stage that is to be placed: its name, what each worker asks for, and how many there are."""
+    """One stage that is to be placed: its name, what each worker asks for, how many there are, and until when."""
 
     name: str
     wanted: dict[str, float]
     num_workers: int
+    is_wanted: IsWanted
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -131,9 +140,11 @@ class RayExecutor:
         if missing is not None:
             raise _unplaceable(name, missing)
 
-    def run(self, name: str, stage: str, task: Any, resources: Resources) -> Iterator[Event]:
+    def run(
+        self, name: str, stage: str, task: Any, resources: Resources, is_wanted: IsWanted = always
+    ) -> Iterator[Event]:
         """Submits the stage and yields its events; see `Executor.run`."""
-        request = self._request(name, resources)
+        request = self._request(name, resources, is_wanted)
         self._await_room(request)
         on_gpu = request.wanted["GPU"] > 0
         function = _IN_OWN_PROCESS if on_gpu else _IN_KEPT_PROCESS
@@ -162,9 +173,9 @@ class RayExecutor:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _request(self, name: str, resources: Resources) -> _Request:
+    def _request(self, name: str, resources: Resources, is_wanted: IsWanted = always) -> _Request:
         wanted = wanted_of(resources, living(ray.nodes()), autoscaling=self._is_autoscaling)
-        return _Request(name=name, wanted=wanted, num_workers=resources.num_workers)
+        return _Request(name=name, wanted=wanted, num_workers=resources.num_workers, is_wanted=is_wanted)
 
     @staticmethod
     def _find_missing(request: _Request) -> str | None:
@@ -177,7 +188,7 @@ class RayExecutor:
         """
         deadline = time.monotonic() + self._placement_timeout_s
         while not self._is_autoscaling and (missing := self._find_missing(request)) is not None:
-            self._check_stopping(request.name)
+            self._check_wanted(request)
             if time.monotonic() > deadline:
                 raise _unplaceable(request.name, missing)
             time.sleep(LOOK_EVERY_S)
@@ -211,7 +222,7 @@ class RayExecutor:
         """Waits until workers are there; the time counts only while no other stage of this run holds any."""
         waited_s = 0.0
         while not is_ready(LOOK_EVERY_S):
-            self._check_stopping(request.name)
+            self._check_wanted(request)
             waited_s = 0.0 if self._num_placed else waited_s + LOOK_EVERY_S
             if waited_s >= self._placement_timeout_s:
                 raise BlockError(
@@ -236,7 +247,7 @@ class RayExecutor:
         pending, heard = list(streams), time.monotonic()
         while pending:
             ready, _ = ray.wait(pending, timeout=LOOK_EVERY_S)
-            self._check_stopping(request.name)
+            self._check_wanted(request)
             if ready:
                 heard = time.monotonic()
             elif time.monotonic() - heard > STALL_TIMEOUT_S:
@@ -251,9 +262,11 @@ class RayExecutor:
                 elif stream is streams[0]:
                     yield event
 
-    def _check_stopping(self, name: str) -> None:
+    def _check_wanted(self, request: _Request) -> None:
         if self._stopping.is_set():
-            raise StageStopped(f"{name} was stopped")
+            raise StageStopped(f"{request.name} was stopped")
+        if not request.is_wanted():
+            raise InputReplaced(request.name, "what it was reading was given up; it is written anew")
 
 
 def _connect(cluster: ClusterConfig) -> None:

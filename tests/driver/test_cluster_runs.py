@@ -1,6 +1,8 @@
 """Whole runs on a real Ray of several nodes: placement by memory, lost nodes, gangs, rounds, overlap."""
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from nf_pipeline.driver.preview import preview
 from nf_pipeline.driver.run import train
 from nf_pipeline.driver.status import read_status
 from nf_pipeline.errors import ConfigError
-from nf_pipeline.events import EpochDone, Event, Note, Publishing, StageDone, StageFailed, StageStarted
+from nf_pipeline.events import EpochDone, Event, Note, Publishing, StageFailed, StageStarted
 from nf_pipeline.executors import open_executor
 from nf_pipeline.executors.base import Resources
 from nf_pipeline.worker_resources import CPU_MEMORY, GPU_MEMORY
@@ -41,7 +43,7 @@ class Nodes:
 
     def lose_node_of(self, worker: str) -> None:
         """Kills the raylet whose child a worker process is, given as "host:pid"."""
-        parent = int(Path(f"/proc/{worker.split(':')[1]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        parent = int(Path(f"/proc/{pid_of(worker)}/stat").read_text().rsplit(")", 1)[1].split()[1])
         for node in self.cluster.list_all_nodes():
             if node.all_processes["raylet"][0].process.pid == parent:
                 return self.lose(node)
@@ -176,28 +178,66 @@ def test_node_lost_in_the_middle_of_a_block_is_replaced_and_the_weights_stay_the
     assert summary["blocks"][0]["attempts"] == 2
 
 
+MANY_SHARDS = {"storage__shard_bytes": 4 * KIB, "data__max_train_images": 1200, "train__epochs": 2}
+"""Every sample is a shard, so that writing takes longer than it takes to stop the writer."""
+
+
+class HeldWriter:
+    """Stops the process of the first block when it begins to write, until the next block has started."""
+
+    def __init__(self, then: Callable[[str], None]) -> None:
+        self.events: list[Event] = []
+        self.released = ""
+        self._held = ""
+        self._then = then
+
+    def __call__(self, event: Event) -> None:
+        """Takes one event of the run."""
+        self.events.append(event)
+        if isinstance(event, Publishing) and event.stage == "block-000" and not self._held:
+            self._held = started(self.events)["block-000"]
+            os.kill(pid_of(self._held), signal.SIGSTOP)
+        elif isinstance(event, StageStarted) and event.stage == "block-001" and self._held and not self.released:
+            self.released = self._held
+            self._then(self._held)
+
+
+def pid_of(worker: str) -> int:
+    return int(worker.rpartition(":")[2])
+
+
 def test_next_block_starts_while_the_block_before_writes_and_ends_with_the_same_weights(
-    on_cluster: MakeConfig, digits_config: MakeConfig
+    on_cluster: MakeConfig, digits_config: MakeConfig, nodes: Nodes
 ) -> None:
-    # Rounds after the first find their workers started; every sample is a shard, so that writing takes a while.
-    slow = {
-        "train__mode": "pipelined",
-        "train__epochs": 3,
-        "storage__shard_bytes": 4 * KIB,
-        "data__max_train_images": 1200,
-    }
-    inline = train(digits_config(run="inline", **slow))
-    events: list[Event] = []
-    by_ray = train(on_cluster(run="ray", **slow), on_event=events.append)
+    nodes.add(**{CPU_MEMORY: 8})
+    inline = train(digits_config(run="inline", **MANY_SHARDS))
+    writer = HeldWriter(then=lambda worker: os.kill(pid_of(worker), signal.SIGCONT))
+    by_ray = train(on_cluster(run="ray", **MANY_SHARDS), on_event=writer)
+    assert writer.released, "block-001 started only when block-000 had ended"
+    assert not [event for event in writer.events if isinstance(event, StageFailed)]
     assert by_ray["weights_checksum"] == inline["weights_checksum"]
-    writers = [
-        idx for idx, event in enumerate(events) if isinstance(event, Publishing) and event.stage == "block-000"
-    ]
-    ends = [idx for idx, event in enumerate(events) if isinstance(event, StageDone) and event.stage == "block-000"]
-    starts = [
-        idx for idx, event in enumerate(events) if isinstance(event, StageStarted) and event.stage == "block-001"
-    ]
-    assert any(begin < start < end for begin, start, end in zip(writers, starts, ends, strict=True))
+
+
+def test_writer_lost_while_the_next_block_reads_gets_the_only_worker_that_is_left(
+    on_cluster: MakeConfig, digits_config: MakeConfig, nodes: Nodes
+) -> None:
+    # A budget that only two nodes have, one of which is lost: the reader must give way to the writer's next attempt.
+    large = {
+        **MANY_SHARDS,
+        "memory__budget_bytes": "20MiB",
+        "memory__max_batch_size": 600,
+        "memory__join_threshold": 0.0,
+    }
+    inline = train(digits_config(run="inline", **large))
+    for _ in range(2):
+        nodes.add(**{CPU_MEMORY: 20})
+    writer = HeldWriter(then=nodes.lose_node_of)
+    by_ray = train(on_cluster(run="ray", **large), on_event=writer)
+    assert writer.released, "block-001 started only when block-000 had ended"
+    failed = [(event.stage, event.error) for event in writer.events if isinstance(event, StageFailed)]
+    assert failed == [("block-000", "WorkerLost")]
+    assert by_ray["weights_checksum"] == inline["weights_checksum"]
+    assert by_ray["blocks"][0]["attempts"] == 2
 
 
 def test_status_of_a_running_run_is_read_from_the_store_alone(on_cluster: MakeConfig, tmp_path: Path) -> None:
