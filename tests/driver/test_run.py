@@ -62,6 +62,7 @@ BLOCK_KEYS = {
     "block_idx",
     "layers",
     "batch_size",
+    "budget_bytes",
     "predicted_peak_bytes",
     "measured_peak_bytes",
     "train_s",

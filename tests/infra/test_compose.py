@@ -150,8 +150,8 @@ def test_train_passes_settings_that_exist():
     (script,) = SERVICES["train"]["command"]
     last = script.replace("\\\n", " ").splitlines()[-1].removeprefix("exec nf-pipeline ")
     words = shlex.split(last.replace('"$NF_MEMORY_BUDGET"', "4MiB").replace('"$NF_WORKER_CPUS"', "1"))
-    # plan takes the flags of train; an impossible model ends it before it does any work
-    arguments = ["plan", *words[1:-1], "--model", "no_such_model"]
+    # plan takes the flags of train; an impossible model ends it before it does any work, here and without a cluster
+    arguments = ["plan", *words[1:-1], "--executor", "inline", "--model", "no_such_model"]
     answer = CliRunner().invoke(command_line, arguments)
     assert "no_such_model" in str(answer.exception), (answer.output, answer.exception)
 
