@@ -1,6 +1,6 @@
 """Trains one model in every way a cluster allows, on the same images and workers, and prints one table.
 
-    python workflows/benchmarks/cluster_modes.py --data DIR --max-train-images 6000 --memory-budget 24MiB
+    python workflows/benchmarks/cluster_modes.py --data DIR --max-train-images 4000 --memory-budget 24MiB
 
 Starts a Ray of its own on this machine: a head without CPUs and `--workers` nodes of one CPU each, so that a worker
 is a core. Every run uses one thread per worker. The order of the runs is seed by seed, mode by mode, so that a slow
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nf_pipeline import RunConfig, train
+from nf_pipeline.config import resolve_config
 from nf_pipeline.errors import NFError
 from nf_pipeline.events import Event, StageDone, StageStarted
 
@@ -35,12 +36,11 @@ class Mode:
 
     Attributes:
         name: in the table.
-        train, cluster: settings that differ from the others'.
+        settings: that differ from the other modes', by dotted field.
     """
 
     name: str
-    train: dict[str, Any]
-    cluster: dict[str, Any]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,10 @@ class Result:
 def modes(num_workers: int, round_epochs: int) -> list[Mode]:
     """Lists what is compared."""
     return [
-        Mode(name="sequential, no overlap", train={}, cluster={"overlap": False}),
-        Mode(name="sequential", train={}, cluster={}),
-        Mode(name="pipelined", train={"mode": "pipelined", "round_epochs": round_epochs}, cluster={}),
-        Mode(name=f"{num_workers} workers per block", train={"workers_per_block": num_workers}, cluster={}),
+        Mode(name="sequential, no overlap", settings={"cluster.overlap": False}),
+        Mode(name="sequential", settings={}),
+        Mode(name="pipelined", settings={"train.mode": "pipelined", "train.round_epochs": round_epochs}),
+        Mode(name=f"{num_workers} workers per block", settings={"train.workers_per_block": num_workers}),
     ]
 
 
@@ -116,15 +116,20 @@ def _run(arguments: argparse.Namespace, mode: Mode, seed: int, address: str) -> 
 
 
 def _config(arguments: argparse.Namespace, mode: Mode, seed: int, address: str, folder: str) -> RunConfig:
-    placed = {"executor": "ray", "address": address, "num_threads": NUM_THREADS}
-    return RunConfig(
-        data={"source": arguments.data, "max_train_images": arguments.max_train_images},
-        model={"name": arguments.model},
-        memory={"budget_bytes": arguments.memory_budget},
-        train={"epochs": arguments.epochs, "seed": seed, "device": "cpu", **mode.train},
-        storage={"uri": folder},
-        cluster={**placed, **mode.cluster},
-    )
+    settings = {
+        "data.source": arguments.data,
+        "data.max_train_images": arguments.max_train_images,
+        "model.name": arguments.model,
+        "memory.budget_bytes": arguments.memory_budget,
+        "train.epochs": arguments.epochs,
+        "train.seed": seed,
+        "train.device": "cpu",
+        "storage.uri": folder,
+        "cluster.executor": "ray",
+        "cluster.address": address,
+        "cluster.num_threads": NUM_THREADS,
+    }
+    return resolve_config(assignments=arguments.set, flags={**settings, **mode.settings})
 
 
 def _seconds_of_blocks(events: Sequence[Event]) -> float:
@@ -179,6 +184,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--round-epochs", type=int, default=1, help="epochs per round of the pipelined mode")
     parser.add_argument("--workers", type=int, default=2, help="nodes of one CPU each")
     parser.add_argument("--seeds", type=int, default=3, help="runs per mode")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
     parser.add_argument("--output", type=Path, help="write all results as JSON")
     return parser.parse_args(given)
 
