@@ -95,6 +95,7 @@ class Plan:
         params_full: weights of the uncut model.
         flops_full: of one sample's forward pass through the uncut model.
         profile_s: seconds that profiling took.
+        device: "cpu" or "cuda", on which it was profiled and is to be trained.
     """
 
     model: str
@@ -107,6 +108,7 @@ class Plan:
     params_full: int
     flops_full: int
     profile_s: float
+    device: str = "auto"
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON document that `from_json` reads back."""
@@ -118,7 +120,8 @@ class Plan:
         fields = {key: _as_tuple(value) for key, value in document.items()}
         fields["layers"] = tuple(LayerSpec(**_tuples(entry)) for entry in document["layers"])
         fields["units"] = tuple(UnitProfile(**_tuples(entry)) for entry in document["units"])
-        fields["blocks"] = tuple(BlockPlan(**_tuples(entry)) for entry in document["blocks"])
+        whole = {"budget_bytes": document["budget_bytes"]}  # plans of earlier versions have one budget for all
+        fields["blocks"] = tuple(BlockPlan(**{**whole, **_tuples(entry)}) for entry in document["blocks"])
         return cls(**fields)
 
     def units_of(self, block: BlockPlan) -> tuple[UnitProfile, ...]:

@@ -43,6 +43,8 @@ LEVELS = {
 ONLY_IN = {
     "ray": (
         "nf_pipeline.executors.ray_cluster",
+        "nf_pipeline.executors.ray_connection",
+        "nf_pipeline.executors.ray_errors",
         "nf_pipeline.executors.ray_jobs",
         "nf_pipeline.executors.ray_metrics",
         "nf_pipeline.data.activation_shards",

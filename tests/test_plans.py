@@ -49,6 +49,13 @@ def test_plan_survives_json() -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+def test_plan_of_an_earlier_version_has_one_budget_for_all_blocks() -> None:
+    document = json.loads(json.dumps(make_plan().to_json()))
+    del document["blocks"][0]["budget_bytes"], document["device"]
+    plan = Plan.from_json(document)
+    assert (plan.blocks[0].budget_bytes, plan.device) == (1000, "auto")
+
+
 def test_units_of_a_block_are_those_in_its_range() -> None:
     plan = make_plan()
     assert [unit.unit_idx for unit in plan.units_of(plan.blocks[0])] == [0, 1]

@@ -37,8 +37,8 @@ EXIT_INTERRUPTED = 130
     "--working-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Ship this folder too, for a --model package.module:factory; .rayignore and .gitignore are heeded.  "
-    "[default: nothing but the configuration]",
+    help="Ship this folder too, for a --model package.module:factory; .rayignore and .gitignore are heeded, .env "
+    "stays here.  [default: nothing but the configuration]",
 )
 @json_option
 @debug_option

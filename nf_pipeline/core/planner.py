@@ -134,6 +134,7 @@ def make_plan(
         params_full=params_full,
         flops_full=flops_full,
         profile_s=profile_s,
+        device=network.device.type,
     )
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from nf_pipeline.errors import ObjectMissing, StorageError
-from nf_pipeline.events import EpochDone, Event, Note, Progress
+from nf_pipeline.events import EpochDone, Event, Note, Progress, StageFailed
 from nf_pipeline.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 Listener = Callable[[Event], None]
 
 FLUSH_EVERY_S = 5.0
+MAX_BYTES_PER_S = 100_000
 
 
 class EventLog:
@@ -45,11 +46,21 @@ class EventLog:
             for listener in self._listeners:
                 listener(event)
             if isinstance(event, Progress):
+                if self._dirty and time.monotonic() - self._flushed >= self._pause_s(event):
+                    self.flush()
                 return
             self._lines.append(json.dumps(event.to_json()).encode() + b"\n")
             self._dirty = True
-            if not isinstance(event, EpochDone | Note) or time.monotonic() - self._flushed > FLUSH_EVERY_S:
+            if time.monotonic() - self._flushed >= self._pause_s(event):
                 self.flush()
+
+    def _pause_s(self, event: Event) -> float:
+        """Returns how long the log must have rested before an event is stored."""
+        if isinstance(event, StageFailed):
+            return 0.0
+        # The whole object is written each time: a long log is written less often, whatever happens.
+        rest_s = sum(map(len, self._lines)) / MAX_BYTES_PER_S
+        return max(FLUSH_EVERY_S, rest_s) if isinstance(event, EpochDone | Note) else rest_s
 
     def flush(self) -> None:
         """Writes what has come since the last flush."""

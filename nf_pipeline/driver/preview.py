@@ -49,7 +49,12 @@ class Preview:
         """Counts the workers that could hold a block; None if nothing is known of them."""
         if not self.workers:
             return None
-        return sum(w.count for w in self.workers if w.memory_bytes is None or w.memory_bytes >= needed_bytes)
+        threads = self.config.cluster.num_threads or min(worker.num_cpus for worker in self.workers)
+        return sum(
+            worker.count
+            for worker in self.workers
+            if worker.num_cpus >= threads and (worker.memory_bytes is None or worker.memory_bytes >= needed_bytes)
+        )
 
 
 def preview(config: RunConfig) -> Preview:

@@ -8,7 +8,7 @@ on timing. Entry class: `RoundSchedule`.
 from dataclasses import dataclass
 
 MAX_ROUNDS_AHEAD = 2
-"""A block may have finished this many rounds more than the block that reads them: it bounds what is stored."""
+"""A block has finished at most this many rounds more than the block that reads them: it bounds what is stored."""
 
 
 @dataclass(frozen=True, order=True)
@@ -72,9 +72,9 @@ class RoundSchedule:
 
     def finish(self, work: Round) -> None:
         """Notes that a round is committed."""
+        self.done[work.block_idx] = work.round_idx + 1  # first: at no moment may its readers miss their input
         self._running.discard(work)
         self._publishing.discard(work)
-        self.done[work.block_idx] = work.round_idx + 1
 
     def retired(self) -> list[Round]:
         """Lists the rounds that nobody will read again: neither the block itself nor the next one.
@@ -94,9 +94,13 @@ class RoundSchedule:
             return False
         if work.block_idx + 1 < len(self.done):
             ahead = work.round_idx - self.done[work.block_idx + 1]
-            if ahead > MAX_ROUNDS_AHEAD and self.num_rounds > 1:
+            if ahead >= MAX_ROUNDS_AHEAD and self.num_rounds > 1:
                 return False
         return self.has_input(work)
+
+    def is_found(self, work: Round) -> bool:
+        """Whether the round's block was finished before a commit before it went missing."""
+        return work.block_idx in self._found
 
     def has_input(self, work: Round) -> bool:
         """Whether what a round reads is committed or, where that will do, being written."""

@@ -7,6 +7,7 @@ tensors and imports no torch: stages run where the executor puts them. Entries: 
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nf_pipeline.config import AUTO, FORMAT_VERSION, RunConfig
@@ -16,7 +17,7 @@ from nf_pipeline.driver.event_log import EventLog, Listener
 from nf_pipeline.driver.run_record import load_run, open_run, plan_of, read_json
 from nf_pipeline.driver.stage_runner import StageRunner, StageWork
 from nf_pipeline.driver.summary import make_summary
-from nf_pipeline.errors import AlreadyExists, ObjectCorrupt
+from nf_pipeline.errors import AlreadyExists, ConfigError, ObjectCorrupt
 from nf_pipeline.events import Note, StageSkipped
 from nf_pipeline.executors import open_executor
 from nf_pipeline.executors.base import Executor, Resources
@@ -57,12 +58,14 @@ def train(config: RunConfig, *, dataset: Any = None, on_event: Listener | None =
     began = time.monotonic()
     config = with_dataset(config, dataset)
     store, layout = open_store(config.storage.uri), RunLayout(config.run)
-    config = open_run(store, layout, config)
-    handed_over = settle_dataset(store, layout, config, dataset)
     with open_executor(config.cluster, config.run) as executor:
+        config = open_run(store, layout, config, executor.default_threads(config.train.device))
+        handed_over = settle_dataset(store, layout, config, dataset)
         log = EventLog(store, layout.events_jsonl, executor.observe, *([on_event] if on_event else []))
         if handed_over:
             log.add(Note(stage="ingest", text=describe_files(handed_over)))
+        elif dataset is not None:
+            log.add(Note(stage="ingest", level="warning", text="the run has its images: the dataset was not read"))
         try:
             runner = StageRunner(store, log, executor, config.run)
             summary = _Run(config, store, layout, log, runner, executor).all_stages(began)
@@ -113,15 +116,15 @@ class _Run:
         self.executor = executor
         self.num_threads = config.cluster.num_threads
         self.worker_memory_bytes = self._worker_memory()
+        self.placed_on = config.train.device
 
     def all_stages(self, began: float) -> dict[str, Any]:
         """Brings every stage to its commit, in order, and summarises."""
-        if read_json(self.store, self.layout.plan_json) is None:
-            self.executor.check("plan", self._plan_resources())
+        self._check_workers()
         ingest = self.ingest()
         drop_dataset(self.store, self.layout)
         plan = self.plan(ingest)
-        runs = BlockRuns(self.config, plan, self.layout, self.runner, self.executor)
+        runs = BlockRuns(self.config, plan, self.layout, self.runner, self.executor, self.placed_on)
         blocks = runs.run(ingest)
         model = self.model(plan, blocks)
         wall_s = time.monotonic() - began + runs.skipped_s
@@ -155,6 +158,8 @@ class _Run:
                 self.store.uri,
                 f"delete {self.layout.plan_json} and resume: it is planned anew",
             )
+        # Decided once: a resumed run does not make do with CPUs because the GPU nodes are not up yet.
+        self.placed_on = document.get("placed_on", self.config.train.device)
         plan = plan_of(document, self.store.uri)
         confirm_factory(plan.model, self.config.model.name)
         return plan
@@ -163,7 +168,9 @@ class _Run:
         work = StageWork(
             name="plan", function=PLAN_STAGE, make_task=self._prepare_task, resources=self._plan_resources()
         )
-        document = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, **self.runner.run(work)}
+        device = self.executor.device_for(self.config.train.device)
+        record = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "placed_on": device}
+        document = {**record, **self.runner.run(work)}
         try:
             self.store.create(self.layout.plan_json, json.dumps(document, indent=2).encode())
         except AlreadyExists:
@@ -187,9 +194,7 @@ class _Run:
             name="model",
             function=MODEL_STAGE,
             make_task=make_task,
-            resources=Resources(
-                num_cpus=self.num_threads, device=self.config.train.device, memory_bytes=memory_bytes
-            ),
+            resources=Resources(num_cpus=self.num_threads, device=self.placed_on, memory_bytes=memory_bytes),
             commit_key=key,
         )
         self.runner.run(work)
@@ -202,6 +207,20 @@ class _Run:
             num_threads=self.num_threads,
             worker_memory_bytes=self.worker_memory_bytes,
         )
+
+    def _check_workers(self) -> None:
+        """Finds out before anything is read whether the workers could ever do what is asked of them."""
+        if read_json(self.store, self.layout.plan_json) is not None:
+            return  # every block is compared with what the plan needs
+        planning = self._plan_resources()
+        if self.config.memory.budget_bytes == AUTO and not planning.memory_bytes and planning.device == "cpu":
+            raise ConfigError(
+                "memory.budget_bytes is auto, but no worker says how much memory training may hold on its CPU",
+                "--memory-budget 300MiB, or start workers with: ray start ... $(nf-pipeline worker-resources "
+                "--memory 300MiB)",
+            )
+        self.executor.check("plan", planning)
+        self.executor.check("training", replace(planning, num_workers=self.config.train.workers_per_block))
 
     def _plan_resources(self) -> Resources:
         """Asks for the largest worker that a block may get: a GPU's memory is measured there."""

@@ -9,21 +9,28 @@ from typing import Any
 from nf_pipeline.config import FORMAT_VERSION, RunConfig, validate_config
 from nf_pipeline.data.sources import absolute_source
 from nf_pipeline.errors import ObjectCorrupt, ObjectMissing, RunConflict
-from nf_pipeline.host import available_threads
 from nf_pipeline.plans import Plan
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.trust import confirm_factory
 
+PLAN_RECORD_KEYS = ("format_version", "fingerprint", "placed_on")
+"""What plan.json says besides the plan: its version, what it was made for, the device that stages are placed on."""
+
 _RECORDED_PACKAGES = ("nf_pipeline", "torch", "torchvision", "ray", "pyarrow", "s3fs")
 
 
-def open_run(store: Store, layout: RunLayout, config: RunConfig) -> RunConfig:
+def open_run(store: Store, layout: RunLayout, config: RunConfig, default_threads: int) -> RunConfig:
     """Creates the run's record, or checks that the one there describes the same work.
 
     As long as no block has begun, another configuration simply replaces the record: whoever follows the advice of
     an error about the budget, the model or the data goes on under the same name.
+
+    Args:
+        store, layout: of the run.
+        config: as given.
+        default_threads: of a worker, where neither the configuration nor an earlier start says.
 
     Returns:
         The configuration as workers need it: the store and local data by absolute path, the number of threads
@@ -33,7 +40,7 @@ def open_run(store: Store, layout: RunLayout, config: RunConfig) -> RunConfig:
         RunConflict: blocks of another configuration have the name.
     """
     recorded = read_json(store, layout.run_json)
-    config = _settled(store, config, recorded)
+    config = _settled(store, config, recorded, default_threads)
     if recorded is not None and recorded.get("fingerprint") == config.fingerprint:
         return config
     if recorded is not None:
@@ -51,9 +58,9 @@ def open_run(store: Store, layout: RunLayout, config: RunConfig) -> RunConfig:
     return config
 
 
-def _settled(store: Store, config: RunConfig, recorded: dict[str, Any] | None) -> RunConfig:
+def _settled(store: Store, config: RunConfig, recorded: dict[str, Any] | None, default_threads: int) -> RunConfig:
     there = ((recorded or {}).get("config") or {}).get("cluster") or {}
-    threads = config.cluster.num_threads or there.get("num_threads") or available_threads()
+    threads = config.cluster.num_threads or there.get("num_threads") or default_threads
     return config.model_copy(
         update={
             "storage": config.storage.model_copy(update={"uri": store.uri}),
@@ -119,12 +126,12 @@ def load_plan(store: Store, layout: RunLayout) -> Plan:
 
 
 def plan_of(document: dict[str, Any], store_uri: str) -> Plan:
-    """Takes the plan out of plan.json, which adds a version and the fingerprint of what it was made for.
+    """Takes the plan out of plan.json, which adds `PLAN_RECORD_KEYS`.
 
     Raises:
         ObjectCorrupt: fields are missing or of another kind.
     """
-    planned = {key: value for key, value in document.items() if key not in ("format_version", "fingerprint")}
+    planned = {key: value for key, value in document.items() if key not in PLAN_RECORD_KEYS}
     try:
         return Plan.from_json(planned)
     except (AttributeError, KeyError, TypeError) as error:

@@ -8,7 +8,6 @@ from typing import Any
 from nf_pipeline.driver.event_log import EventLog, Listener
 from nf_pipeline.errors import (
     AlreadyExists,
-    InputReplaced,
     InternalError,
     ObjectCorrupt,
     OutOfBudget,
@@ -61,13 +60,14 @@ class StageRunner:
         self._executor = executor
         self._run = run
 
-    def committed(self, stage: str, key: str, fingerprint: str | None) -> StageManifest | None:
+    def committed(self, stage: str, key: str, fingerprint: str | None, fix: str = "") -> StageManifest | None:
         """Returns a finished stage's manifest after checking that what it names is there.
 
         Args:
             stage: name of the stage.
             key: of its manifest.
             fingerprint: that the manifest must have; None takes any.
+            fix: what to do about objects that are damaged, where repeating this stage alone will not do.
 
         Raises:
             ObjectCorrupt: the manifest belongs to other work, or names objects that are missing or cut short.
@@ -88,7 +88,7 @@ class StageRunner:
                 f"{stage} is committed, but {len(problems)} of its objects are not there as written: "
                 f"{'; '.join(problems[:3])}",
                 self.store.uri,
-                f"delete {key} and resume: {stage} is repeated from its input",
+                fix or f"delete {key} and resume: {stage} is repeated from its input",
             )
         self._log.add(StageSkipped(stage=stage, note="finished before, verified"))
         return manifest
@@ -112,9 +112,11 @@ class StageRunner:
             attempt = new_attempt_id()
             try:
                 return self._attempt(work, attempt, failures, listen)
-            except (StageStopped, InputReplaced):
-                raise  # the work is as good as before: whoever started it knows when to start it again
+            except StageStopped:
+                raise
             except AlreadyExists:
+                if work.commit_key and self.store.size(work.commit_key) is None:
+                    raise
                 # An attempt that was given up for lost can still finish first: its commit counts.
                 self._log.add(Note(stage=work.name, text=f"attempt {attempt}: another one committed first"))
                 return {}

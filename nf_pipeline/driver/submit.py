@@ -33,6 +33,7 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # those of Ray, i
 EXIT_STOPPED = 130
 NUM_TRIES = 3
 
+_PRIVATE = (".env",)  # credentials: who may use the cluster's API may read what is shipped
 _IGNORE_FILES = (".rayignore", ".gitignore")  # what Ray heeds when it packs a folder
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -193,7 +194,7 @@ def _shipped_folder(request: RunRequest) -> Iterator[Path]:
             if entry.name in _IGNORE_FILES and entry.is_file():
                 # A pattern such as *.json must not leave the configuration behind; the last match wins.
                 (folder / entry.name).write_bytes(entry.read_bytes() + f"\n!{CONFIG_FILE}\n".encode())
-            elif entry.name != CONFIG_FILE:
+            elif entry.name not in (CONFIG_FILE, *_PRIVATE):
                 (folder / entry.name).symlink_to(entry, target_is_directory=entry.is_dir())
         (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2), encoding="utf8")
         yield folder

@@ -63,6 +63,14 @@ class Executor(Protocol):
         """Lists the workers that could train on a device ("auto", "cpu" or "cuda"), smallest memory first."""
         ...
 
+    def device_for(self, device: str) -> str:
+        """Turns "auto" into the device that stages are placed on: where any worker has a GPU, "cuda"."""
+        ...
+
+    def default_threads(self, device: str) -> int:
+        """Returns how many CPU threads a worker has that trains on a device ("auto", "cpu" or "cuda")."""
+        ...
+
     def check(self, name: str, resources: Resources) -> None:
         """Finds out at once whether a stage could ever be placed.
 

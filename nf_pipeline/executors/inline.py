@@ -6,6 +6,7 @@ from typing import Any
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.events import Event
 from nf_pipeline.executors.base import IsWanted, Resources, WorkerClass, always, load_stage
+from nf_pipeline.host import available_threads
 
 
 class InlineExecutor:
@@ -19,6 +20,14 @@ class InlineExecutor:
     def worker_classes(self, device: str) -> Sequence[WorkerClass]:
         """Knows of no workers: what this process has, it finds out itself."""
         return ()
+
+    def device_for(self, device: str) -> str:
+        """Leaves "auto" to torch, which is not loaded here."""
+        return device
+
+    def default_threads(self, device: str) -> int:
+        """Returns what this machine has."""
+        return available_threads()
 
     def check(self, name: str, resources: Resources) -> None:
         """Refuses what takes more than one process."""

@@ -7,7 +7,6 @@ Ray itself never retries: it would retry with the same resources; `nf_pipeline.r
 """
 
 import logging
-import re
 import socket
 import threading
 import time
@@ -17,17 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    GetTimeoutError,
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayError,
-    RayTaskError,
-    TaskUnschedulableError,
-    WorkerCrashedError,
-)
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -36,28 +24,27 @@ from nf_pipeline.errors import (
     BlockError,
     ConfigError,
     InputReplaced,
-    InternalError,
     NFError,
     StageStopped,
     WorkerLost,
 )
 from nf_pipeline.events import Event
 from nf_pipeline.executors.base import IsWanted, Resources, WorkerClass, always, load_stage
+from nf_pipeline.executors.ray_connection import connect
+from nf_pipeline.executors.ray_errors import translated
 from nf_pipeline.executors.ray_metrics import RunMetrics
-from nf_pipeline.executors.ray_nodes import classes_of, find_missing, living, wanted_of
+from nf_pipeline.executors.ray_nodes import classes_of, find_missing, living, names_of, needs_gpu, wanted_of
 from nf_pipeline.gang import Gang
+from nf_pipeline.host import available_threads
+from nf_pipeline.worker_resources import GPU_MEMORY
 
 logger = logging.getLogger(__name__)
 
-LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # events only: the data goes through the run's store
 STALL_TIMEOUT_S = 3600.0  # a stage reports every few seconds where it can; an hour of silence is a hang
-CONNECT_TIMEOUT_S = 10.0
 EVENT_TIMEOUT_S = 60.0  # fetching an event that is ready
 LOOK_EVERY_S = 1.0  # how soon a waiting stage notices that the run is being stopped
 LAST_WORDS_S = 5.0  # in which the other members of a gang say why one of them died
 
-
-_HOST_AND_PORT = re.compile(r"(?:ray://)?\[?(?P<host>[\w.:-]+?)\]?:(?P<port>\d+)")
 
 Stream = ray.ObjectRefGenerator
 
@@ -117,12 +104,16 @@ class RayExecutor:
         """
         self._placement_timeout_s = cluster.placement_timeout_s
         self._is_autoscaling = cluster.autoscaling
+        # What nodes have had: a stage never makes do with less because a node was lost. Nodes that an autoscaler has
+        # yet to start are taken to advertise their GPU's memory.
+        self._known = frozenset({GPU_MEMORY}) if cluster.autoscaling else frozenset()
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._num_placed = 0
         self._owns_ray = not ray.is_initialized()
+        self._is_local = self._owns_ray and cluster.address is None
         if self._owns_ray:
-            _connect(cluster)
+            connect(cluster)
         self._metrics = RunMetrics(run) if run is not None else None
 
     @property
@@ -133,6 +124,16 @@ class RayExecutor:
     def worker_classes(self, device: str) -> Sequence[WorkerClass]:
         """Lists the nodes that could train, smallest memory first; see `Executor.worker_classes`."""
         return classes_of(device, living(ray.nodes()))
+
+    def device_for(self, device: str) -> str:
+        """Looks whether the nodes have GPUs."""
+        return "cuda" if needs_gpu(device, self._look()) else "cpu"
+
+    def default_threads(self, device: str) -> int:
+        """Returns the CPUs of the smallest node that could train, so that all of them are workers."""
+        if self._is_local:
+            return available_threads()
+        return max(1, min((kind.num_cpus for kind in self.worker_classes(device)), default=1))
 
     def check(self, name: str, resources: Resources) -> None:
         """Compares with what the nodes have; where nodes may still come nothing can be said."""
@@ -174,8 +175,13 @@ class RayExecutor:
         self.close()
 
     def _request(self, name: str, resources: Resources, is_wanted: IsWanted = always) -> _Request:
-        wanted = wanted_of(resources, living(ray.nodes()), autoscaling=self._is_autoscaling)
+        wanted = wanted_of(resources, self._look())
         return _Request(name=name, wanted=wanted, num_workers=resources.num_workers, is_wanted=is_wanted)
+
+    def _look(self) -> frozenset[str]:
+        """Returns the names of all resources that nodes have, or have had since this executor was made."""
+        self._known |= names_of(living(ray.nodes()))
+        return self._known
 
     @staticmethod
     def _find_missing(request: _Request) -> str | None:
@@ -269,35 +275,13 @@ class RayExecutor:
             raise InputReplaced(request.name, "what it was reading was given up; it is written anew")
 
 
-def _connect(cluster: ClusterConfig) -> None:
-    if cluster.address is not None:
-        _check_reachable(cluster.address)
-    try:
-        if cluster.address is None:
-            # "local": a bare init joins whatever a file in the temporary folder points at. Token
-            # authentication is left as the environment says; Ray reads RAY_AUTH_MODE when it is imported
-            # and since 2.59 turns it on for local clusters by itself.
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            )
-        else:
-            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"cannot reach a Ray cluster at {cluster.address or 'this machine'}: {error}",
-            "check --address, or leave it out to start a local Ray, or use --executor inline",
-        ) from error
-
-
 def _submit_gang(request: _Request, function: Any, stage: str, task: Any, group: Any) -> list[Stream]:
     def on(bundle_idx: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle_idx)
 
-    address = ray.get(_find_address.options(scheduling_strategy=on(0)).remote(), timeout=EVENT_TIMEOUT_S)
+    reference = _find_address.options(scheduling_strategy=on(0)).remote()
+    with translated(request.name):
+        address = ray.get(reference, timeout=EVENT_TIMEOUT_S)
     size = request.num_workers
     return [
         function.options(scheduling_strategy=on(rank), **request.options).remote(
@@ -315,20 +299,11 @@ def _cancel(streams: list[Stream]) -> None:
 
 def _next_event(name: str, stream: Stream) -> Event | None:
     """Takes an event that is ready; None at the end of the stage."""
-    try:
-        return ray.get(next(stream), timeout=EVENT_TIMEOUT_S)
-    except StopIteration:
-        return None
-    except RayTaskError as error:
-        raise _cause_of(error) from None
-    except OutOfMemoryError as error:
-        raise WorkerLost(name, f"Ray ended it for host memory: {error}", "give the worker more memory") from None
-    except (WorkerCrashedError, NodeDiedError, LocalRayletDiedError, ObjectLostError, GetTimeoutError) as error:
-        raise WorkerLost(name, type(error).__name__, "see the Ray logs of that worker") from None
-    except TaskUnschedulableError as error:
-        raise ConfigError(f"{name} cannot be placed: {error}", "add a node that holds it") from None
-    except RayError as error:
-        raise InternalError(f"{name}: {type(error).__name__}: {error}") from error
+    with translated(name):
+        try:
+            return ray.get(next(stream), timeout=EVENT_TIMEOUT_S)
+        except StopIteration:
+            return None
 
 
 def _reason(name: str, others: list[Stream], lost: WorkerLost) -> NFError:
@@ -358,24 +333,3 @@ def _unplaceable(name: str, missing: str) -> ConfigError:
         "--set cluster.num_threads or --memory-budget to what a node has (auto takes the smallest), --device cpu, "
         "or add a node",
     )
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself tries an address that nobody answers for minutes; names such as "auto" are left to it."""
-    match = _HOST_AND_PORT.fullmatch(address)
-    if match is None:
-        return
-    try:
-        socket.create_connection((match["host"], int(match["port"])), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"no Ray cluster answers at {address}: {error}",
-            "check --address, or leave it out to start a local Ray, or use --executor inline",
-        ) from None
-
-
-def _cause_of(error: RayTaskError) -> BaseException:
-    cause = error.cause
-    if isinstance(cause, NFError | MemoryError | OSError):
-        return cause
-    return InternalError(f"a worker raised {type(cause).__name__}: {cause}\n{error}")

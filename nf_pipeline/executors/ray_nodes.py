@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nf_pipeline.executors.base import Resources, WorkerClass
-from nf_pipeline.worker_resources import CPU_MEMORY, GPU_MEMORY
-
-MIB = 2**20
+from nf_pipeline.worker_resources import CPU_MEMORY, GPU_MEMORY, MIB
 
 Node = Mapping[str, float]
 """Resource -> amount, of one living node."""
@@ -23,26 +21,30 @@ def living(nodes: Sequence[Mapping[str, Any]]) -> list[Node]:
     return [node["Resources"] for node in nodes if node["Alive"]]
 
 
-def needs_gpu(device: str, nodes: Sequence[Node]) -> bool:
-    """Tells whether a stage takes a GPU: "auto" does where any node has one."""
-    return device == "cuda" or (device == "auto" and any(node.get("GPU", 0) > 0 for node in nodes))
+def names_of(nodes: Sequence[Node]) -> frozenset[str]:
+    """Returns the names of all resources that some node has."""
+    return frozenset(name for node in nodes for name, amount in node.items() if amount > 0)
 
 
-def wanted_of(resources: Resources, nodes: Sequence[Node], *, autoscaling: bool = False) -> dict[str, float]:
-    """Returns what one worker of a stage asks of its node: Ray resource -> amount.
-
-    Memory is asked for only where some node advertises it.
+def needs_gpu(device: str, known: frozenset[str]) -> bool:
+    """Tells whether a stage takes a GPU: "auto" does where any node has one.
 
     Args:
-        resources: of the stage.
-        nodes: that live now.
-        autoscaling: whether nodes may still come; GPU nodes that are not there yet are taken to advertise theirs.
+        device: "auto", "cpu" or "cuda".
+        known: names of the resources that any node has, or has had: a stage whose GPU was lost waits for another.
     """
-    on_gpu = needs_gpu(resources.device, nodes)
+    return device == "cuda" or (device == "auto" and "GPU" in known)
+
+
+def wanted_of(resources: Resources, known: frozenset[str]) -> dict[str, float]:
+    """Returns what one worker of a stage asks of its node: Ray resource -> amount.
+
+    Memory is asked for only where some node advertises it, or has.
+    """
+    on_gpu = needs_gpu(resources.device, known)
     wanted = {"CPU": float(resources.num_cpus), "GPU": 1.0 if on_gpu else 0.0}
     memory = GPU_MEMORY if on_gpu else CPU_MEMORY
-    advertised = any(memory in node for node in nodes) or (autoscaling and on_gpu)
-    if resources.memory_bytes and advertised:
+    if resources.memory_bytes and memory in known:
         wanted[memory] = float(-(-resources.memory_bytes // MIB))
     return wanted
 
@@ -65,7 +67,7 @@ def classes_of(device: str, nodes: Sequence[Node]) -> list[WorkerClass]:
 
     Where some nodes advertise memory the others are left out: no block is placed there.
     """
-    on_gpu = needs_gpu(device, nodes)
+    on_gpu = needs_gpu(device, names_of(nodes))
     memory = GPU_MEMORY if on_gpu else CPU_MEMORY
     usable = [node for node in nodes if node.get("GPU" if on_gpu else "CPU", 0) >= 1]
     if any(memory in node for node in usable):

@@ -87,6 +87,16 @@ class Announcements:
         """The commit, once `poll` has seen it."""
         return self._manifest
 
+    @property
+    def num_known(self) -> int:
+        """Number of shards that have been announced so far."""
+        return sum(len(shards) for shards in self._parts)
+
+    def silent(self, seconds: float) -> InputReplaced:
+        """Makes the error of who has waited in vain."""
+        what = f"no shard was finished for {seconds:.0f} s"
+        return InputReplaced(self._source.manifest_key, what, "nothing: the stage starts again")
+
     def poll(self) -> None:
         """Looks what has come.
 
@@ -147,7 +157,8 @@ class PublishedShards:
         split: name of the split.
         part_rows: rows that each writer stores.
         rows_per_shard: of every shard but the last of each writer.
-        timeout_s: longest wait for news.
+        timeout_s: longest wait while no shard at all is finished. Who writes them is watched elsewhere: this only
+            ends what would otherwise wait for ever.
     """
 
     def __init__(
@@ -156,7 +167,7 @@ class PublishedShards:
         split: str,
         part_rows: Sequence[int],
         rows_per_shard: int,
-        timeout_s: float = 600.0,
+        timeout_s: float = 3600.0,
     ) -> None:
         self._announcements = announcements
         self._split = split
@@ -181,17 +192,19 @@ class PublishedShards:
         """Returns a shard's description as soon as it is stored.
 
         Raises:
-            InputReplaced: the attempt that wrote it was given up.
-            StorageError: it did not come in time, or waiting was ended by `close`.
+            InputReplaced: the attempt that wrote it was given up, or fell silent.
+            StorageError: waiting was ended by `close`.
         """
         part, shard_idx, first = self._places[idx]
-        deadline = time.monotonic() + self._timeout_s
+        known, heard = self._announcements.num_known, time.monotonic()
         while True:
             shard = self._announcements.shard(self._split, part, shard_idx, first)
             if shard is not None:
                 return shard
-            if time.monotonic() > deadline:
-                raise StorageError(f"shard {idx} of {self._split} was not written within {self._timeout_s:.0f} s")
+            if known != self._announcements.num_known:
+                known, heard = self._announcements.num_known, time.monotonic()
+            if time.monotonic() - heard > self._timeout_s:
+                raise self._announcements.silent(self._timeout_s)
             if self._closed.wait(POLL_S):
                 raise StorageError("nobody waits for shards any more")
             self._announcements.poll()

@@ -125,7 +125,8 @@ class ShardReader:
     ) -> None:
         self.wait_s = 0.0
         self._store = store
-        self._shards: ShardList = _StoredShards(shards) if isinstance(shards, Sequence) else shards
+        self._grows = not isinstance(shards, Sequence)
+        self._shards: ShardList = shards if self._grows else _StoredShards(shards)
         self._spec = spec
         self._batch_size = batch_size
         self._part = part
@@ -173,7 +174,7 @@ class ShardReader:
                 a short last one.
             shuffle_shards: False keeps the windows in stored order and shuffles inside each: for an epoch that
                 reads shards while they are being written. Without `shuffle` it has no meaning.
-            timeout_s: longest wait for the next shards.
+            timeout_s: longest wait for the next stored shards; a `ShardList` has a time-out of its own.
 
         Raises:
             ObjectMissing, ObjectCorrupt: a shard is not what the manifest says.
@@ -186,7 +187,7 @@ class ShardReader:
         hangs = False
         try:
             filler = _BatchFiller(self._spec.nbytes, self._batch_sizes(even))
-            for window in self._fetched(pool, windows, timeout_s):
+            for window in self._fetched(pool, windows, None if self._grows else timeout_s):
                 rows = _row_order(window, random if shuffle else None)
                 yield from filler.fill(window, rows)
                 window.clear()  # the last reference to these shards: the window after the next comes now
@@ -220,7 +221,7 @@ class ShardReader:
         return pieces
 
     def _fetched(
-        self, pool: ThreadPoolExecutor, windows: Sequence[Sequence[_Piece]], timeout_s: float
+        self, pool: ThreadPoolExecutor, windows: Sequence[Sequence[_Piece]], timeout_s: float | None
     ) -> Iterator[list[Shard]]:
         pending = self._fetch(pool, windows[0]) if windows else []
         for following in [*windows[1:], ()]:
@@ -239,7 +240,7 @@ class ShardReader:
         shard = read_shard(self._store, info, self._spec)
         return shard if len(piece.rows) == num_rows else _cut(shard, piece.rows)
 
-    def _wait(self, pending: list[Future[Shard]], timeout_s: float) -> list[Shard]:
+    def _wait(self, pending: list[Future[Shard]], timeout_s: float | None) -> list[Shard]:
         start = time.perf_counter()
         _, late = wait_for(pending, timeout=timeout_s, return_when="FIRST_EXCEPTION")
         self.wait_s += time.perf_counter() - start

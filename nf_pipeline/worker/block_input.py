@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import torch
 
-from nf_pipeline.errors import StorageError
 from nf_pipeline.events import Progress
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest
@@ -23,7 +22,7 @@ from nf_pipeline.worker.progress_clock import ProgressClock
 from nf_pipeline.worker.stage_input import read_ingest
 from nf_pipeline.worker.tasks import BlockTask, num_rounds
 
-COMMIT_TIMEOUT_S = 600.0
+COMMIT_TIMEOUT_S = 3600.0
 
 
 def activation_spec(task: BlockTask, block_idx: int) -> TensorSpec:
@@ -58,14 +57,12 @@ class BlockInput:
         """Waits for the input's commit, which gives the work its fingerprint.
 
         Raises:
-            InputReplaced: what was read was given up.
-            StorageError: the commit did not come in time.
+            InputReplaced: what was read was given up, or its commit did not come in time.
         """
         clock = ProgressClock()
         while self.manifest is None:
             if clock.seconds > COMMIT_TIMEOUT_S:
-                what = f"{self._task.stage}: the block before did not commit within {COMMIT_TIMEOUT_S:.0f} s"
-                raise StorageError(what, self._store.uri, "resume the run")
+                raise self._announcements.silent(COMMIT_TIMEOUT_S)
             clock.sleep()
             self._announcements.poll()
             if clock.is_due():

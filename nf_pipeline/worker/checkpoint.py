@@ -159,8 +159,9 @@ def restore(
 
     Raises:
         ObjectCorrupt: the tensors are not those that the record names.
+        ObjectMissing: the state of the round before is gone.
     """
-    for _ in range(RESTORE_TRIES):
+    for tries_left in reversed(range(RESTORE_TRIES)):
         record = None
         if fingerprint is not None:
             record = find_checkpoint(store, layout, task.block_idx, fingerprint, task.batch_size)
@@ -172,6 +173,8 @@ def restore(
         try:
             load_checkpoint(store, record, units, optimizers)
         except ObjectMissing:
+            if task.round_idx > 0 and not tries_left:
+                raise  # what the rounds before have learned must not be lost in silence
             continue  # an attempt that was given up for lost goes on and has moved to its next epoch
         return record
     return CheckpointRecord(fingerprint=fingerprint or "", batch_size=task.batch_size)

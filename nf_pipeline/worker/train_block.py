@@ -16,7 +16,7 @@ from nf_pipeline.core.local_unit import LocalUnit, build_units
 from nf_pipeline.core.memory import measure_peak
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.train_step import make_optimizer, resolve_device, train_step
-from nf_pipeline.errors import OutOfBudget
+from nf_pipeline.errors import OutOfBudget, WorkerLost
 from nf_pipeline.events import EpochDone, Event, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
@@ -56,7 +56,7 @@ def train_block(task: BlockTask) -> Iterator[Event]:
     """
     clock = ProgressClock()
     set_threads(task.num_threads)
-    device = resolve_device(task.config.train.device)
+    device = resolve_device(task.plan.device)  # what the batch was planned for
     cap_device_memory(device, task.block.budget_bytes)
     try:
         with Replicas(task.stage, task.gang, device) as replicas:
@@ -97,7 +97,7 @@ class _Attempt:
         self.train_feed = self.input.open_train(task.batch_size, device)
         self.record = self._restore()
         self.resumed_epochs = self.record.epoch
-        replicas.barrier()  # nobody moves the checkpoint on while another one still reads it
+        self._check_same_state()
         self.meter = measure_peak(device)
         self.meter.track(*self.units, *self.optimizers)
 
@@ -126,7 +126,9 @@ class _Attempt:
     def train_epoch(self, epoch: int) -> Iterator[Event]:
         """Trains, validates and checkpoints one epoch."""
         clock, waited = ProgressClock(), self.train_feed.wait_s
-        seed_everything(self.train_config.seed, self.task.block_idx, epoch)
+        # Members of a gang draw different dropout masks, as the samples of one batch do.
+        members = [self.task.gang.rank] if self.task.gang.size > 1 else []
+        seed_everything(self.train_config.seed, self.task.block_idx, epoch, *members)
         guard = LossGuard(self.task.stage, self.task.plan.num_classes, epoch)
         yield from self._train_batches(epoch, guard)
         images_per_s = clock.rate(self.train_feed.num_rows * self.task.gang.size)
@@ -257,6 +259,16 @@ class _Attempt:
         # As long as its input is being written, nothing of this round can have been stored.
         fingerprint = self._fingerprint if self.input.manifest is not None else None
         return restore(self.store, self.layout, self.task, fingerprint, self.units, self.optimizers)
+
+    def _check_same_state(self) -> None:
+        """Compares what the members have restored; nobody moves the checkpoint on before all have read it.
+
+        Raises:
+            WorkerLost: an attempt that was given up for lost stored another epoch in between.
+        """
+        epoch = self.record.epoch
+        if self.replicas.largest(epoch) != -self.replicas.largest(-epoch):
+            raise WorkerLost(self.task.stage, "its workers found checkpoints of different epochs", "resume the run")
 
     def _checkpoint(self, done: EpochDone, correct: list[int], num_val: int, seconds: float) -> None:
         self.record = replace(

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib import resources
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from nf_pipeline.data.decode import decode_image
 from nf_pipeline.data.handed_over import drop_dataset, settle_dataset, with_dataset
 from nf_pipeline.data.sources import open_source
 from nf_pipeline.errors import ConfigError, DataError, StorageError
+from nf_pipeline.events import Note
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import open_store
 
@@ -309,7 +311,8 @@ def test_copy_in_object_storage_is_read_from_there(server, request):
 
 
 def test_run_on_a_dataset_ends_without_its_copy_and_is_not_trained_again(tmp_path):
-    digits = ds.dataset("nf_pipeline/data/digits.parquet")
+    digits = ds.dataset(str(resources.files("nf_pipeline.data") / "digits.parquet"))
+    notes = []
     flags = {
         "storage.uri": str(tmp_path),
         "memory.budget_bytes": "4MiB",
@@ -321,8 +324,13 @@ def test_run_on_a_dataset_ends_without_its_copy_and_is_not_trained_again(tmp_pat
     }
 
     summary = train(resolve_config(flags=flags), dataset=digits)
-    again = train(resolve_config(flags=flags), dataset=digits)
+    again = train(
+        resolve_config(flags=flags),
+        dataset=digits,
+        on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
 
+    assert any("the dataset was not read" in note for note in notes)
     assert summary["num_classes"] == 10
     assert not (tmp_path / "run/dataset").exists()
     assert again["weights_checksum"] == summary["weights_checksum"]

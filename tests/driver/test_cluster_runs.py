@@ -121,6 +121,17 @@ def test_gpu_blocks_ask_for_a_gpu_and_its_memory(on_cluster: MakeConfig, nodes: 
         nodes.lose(gpu)
 
 
+def test_workers_decide_the_default_number_of_threads(on_cluster: MakeConfig) -> None:
+    with open_executor(on_cluster().cluster) as executor:
+        assert executor.default_threads("auto") == 1
+
+
+def test_impossible_gang_fails_before_anything_is_read(on_cluster: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training asks for 99 workers with 1 CPU, 0 GPU, 3 cpu_mem_mib"):
+        train(on_cluster(memory__budget_bytes="3MiB", train__workers_per_block=99))
+    assert not (tmp_path / "runs" / "run" / "ingest").exists()
+
+
 def test_gpu_stage_ends_its_process_so_that_its_memory_is_free(on_cluster: MakeConfig, nodes: Nodes) -> None:
     gpu = nodes.add(gpu=True, **{GPU_MEMORY: 3500})
     try:
@@ -235,7 +246,7 @@ def test_writer_lost_while_the_next_block_reads_gets_the_only_worker_that_is_lef
     by_ray = train(on_cluster(run="ray", **large), on_event=writer)
     assert writer.released, "block-001 started only when block-000 had ended"
     failed = [(event.stage, event.error) for event in writer.events if isinstance(event, StageFailed)]
-    assert failed == [("block-000", "WorkerLost")]
+    assert failed == [("block-000", "WorkerLost"), ("block-001", "InputReplaced")]
     assert by_ray["weights_checksum"] == inline["weights_checksum"]
     assert by_ray["blocks"][0]["attempts"] == 2
 

@@ -95,3 +95,8 @@ def test_loss_curve_of_two_workers_is_that_of_one_with_the_same_effective_batch(
 def test_several_workers_in_one_process_are_refused(digits_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match="asks for 2 workers, executor inline is one process"):
         train(digits_config(train__workers_per_block=2))
+
+
+def test_auto_budget_without_a_worker_that_says_what_it_has_is_refused(digits_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match="budget_bytes is auto, but no worker says"):
+        train(digits_config(memory__budget_bytes="auto"))

@@ -11,7 +11,7 @@ from nf_pipeline.driver.gc import collect_garbage
 from nf_pipeline.driver.round_schedule import MAX_ROUNDS_AHEAD
 from nf_pipeline.driver.run import resume, train
 from nf_pipeline.driver.status import read_status
-from nf_pipeline.errors import ObjectMissing
+from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
 from nf_pipeline.events import EpochDone, Event, StageDone, StageSkipped, StageStarted
 from nf_pipeline.model_files import load_model
 
@@ -51,7 +51,7 @@ def test_storage_stays_bounded_and_only_the_last_rounds_remain(pipelined: MakeCo
             most.append(max(stored_rounds(config).values(), default=0))
 
     summary = train(config, on_event=look)
-    assert max(most) <= MAX_ROUNDS_AHEAD + 2 < NUM_ROUNDS
+    assert max(most) <= MAX_ROUNDS_AHEAD + 1 < NUM_ROUNDS
     assert set(stored_rounds(config).values()) == {1}
     assert not list(run_folder(config).rglob("rounds/*/manifest.json"))
     assert [block["attempts"] for block in summary["blocks"]] == [1] * len(summary["blocks"])
@@ -107,11 +107,29 @@ def test_finished_run_is_not_repeated(pipelined: MakeConfig) -> None:
     assert len([event for event in events if isinstance(event, StageSkipped)]) == 3 + len(first["blocks"])
 
 
-def test_deleted_commit_of_a_block_whose_input_rounds_are_gone_is_an_error_that_says_what_to_do(
-    pipelined: MakeConfig,
+@pytest.mark.parametrize("deleted", ["000", "001"])
+def test_deleted_commit_of_a_block_before_finished_ones_is_an_error_that_says_what_to_do(
+    pipelined: MakeConfig, deleted: str
 ) -> None:
     config = pipelined()
     train(config)
-    (run_folder(config) / "blocks" / "001" / "manifest.json").unlink()
-    with pytest.raises(ObjectMissing, match=r"block-001 continues with round 1.*\n?.*delete run/blocks"):
+    (run_folder(config) / "blocks" / deleted / "manifest.json").unlink()
+    with pytest.raises(ObjectMissing, match=r"block-00[12] is finished, but .*\n?.*delete run/blocks"):
+        train(config)
+
+
+def test_state_of_a_round_that_is_gone_is_an_error_and_no_new_beginning(pipelined: MakeConfig) -> None:
+    config = pipelined()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, EpochDone) and (event.stage, event.epoch) == ("block-001", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_event=stop)
+    for state in (run_folder(config) / "blocks" / "001").rglob("*.safetensors"):
+        state.unlink()
+    with pytest.raises(
+        ObjectCorrupt, match=r"round 2 of block-001 .* not all of its objects(.|\n)*delete run/blocks"
+    ):
         train(config)

@@ -24,7 +24,7 @@ LAYOUT = RunLayout("run")
 def store(tmp_path: Path) -> Store:
     store = open_store(str(tmp_path))
     config = validate_config({"run": "run", "memory": {"budget_bytes": "64MiB"}, "storage": {"uri": str(tmp_path)}})
-    open_run(store, LAYOUT, config)
+    open_run(store, LAYOUT, config, default_threads=1)
     return store
 
 

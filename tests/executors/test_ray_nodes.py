@@ -3,7 +3,7 @@
 import pytest
 
 from nf_pipeline.executors.base import Resources
-from nf_pipeline.executors.ray_nodes import classes_of, find_missing, living, needs_gpu, wanted_of
+from nf_pipeline.executors.ray_nodes import classes_of, find_missing, living, names_of, needs_gpu, wanted_of
 
 MIB = 2**20
 HEAD = {"CPU": 8.0}
@@ -26,7 +26,7 @@ def test_dead_nodes_do_not_count() -> None:
     [("auto", [HEAD], False), ("auto", [HEAD, SMALL], True), ("cpu", [SMALL], False), ("cuda", [HEAD], True)],
 )
 def test_auto_takes_a_gpu_where_the_cluster_has_one(device: str, nodes: list, wanted: bool) -> None:
-    assert needs_gpu(device, nodes) is wanted
+    assert needs_gpu(device, names_of(nodes)) is wanted
 
 
 @pytest.mark.parametrize(
@@ -41,17 +41,18 @@ def test_auto_takes_a_gpu_where_the_cluster_has_one(device: str, nodes: list, wa
     ],
 )
 def test_memory_is_asked_for_where_nodes_advertise_it(asked: Resources, nodes: list, wanted: dict) -> None:
-    assert wanted_of(asked, nodes) == wanted
+    assert wanted_of(asked, names_of(nodes)) == wanted
 
 
-def test_gpu_memory_is_asked_for_before_any_node_is_there_if_nodes_may_come() -> None:
-    assert wanted_of(resources(3000, "cuda"), [HEAD], autoscaling=True)["gpu_mem_mib"] == 3000
-    assert "gpu_mem_mib" not in wanted_of(resources(3000, "cuda"), [HEAD])
+def test_lost_node_still_decides_what_a_stage_asks_for() -> None:
+    known = names_of([HEAD, SMALL])
+    assert wanted_of(resources(3000), known) == {"CPU": 2, "GPU": 1, "gpu_mem_mib": 3000}
+    assert find_missing(wanted_of(resources(3000), known), 1, [HEAD, SILENT]) is not None
 
 
 def test_part_of_a_mebibyte_is_rounded_up() -> None:
     asked = Resources(num_cpus=1, device="cpu", memory_bytes=63 * MIB + 1)
-    assert wanted_of(asked, [EDGE])["cpu_mem_mib"] == 64
+    assert wanted_of(asked, names_of([EDGE]))["cpu_mem_mib"] == 64
 
 
 @pytest.mark.parametrize(
@@ -66,13 +67,13 @@ def test_part_of_a_mebibyte_is_rounded_up() -> None:
     ],
 )
 def test_request_fits_if_enough_workers_could_hold_it(memory: int, workers: int, nodes: list, fits: bool) -> None:
-    missing = find_missing(wanted_of(resources(memory), nodes), workers, nodes)
+    missing = find_missing(wanted_of(resources(memory), names_of(nodes)), workers, nodes)
     assert (missing is None) is fits
 
 
 def test_what_is_missing_names_the_request_and_every_kind_of_node() -> None:
     nodes = [HEAD, SMALL, SMALL]
-    text = find_missing(wanted_of(resources(9000, workers=2), nodes), 2, nodes)
+    text = find_missing(wanted_of(resources(9000, workers=2), names_of(nodes)), 2, nodes)
     assert text == (
         "asks for 2 workers with 2 CPU, 1 GPU, 9000 gpu_mem_mib on one node; the cluster's nodes have: "
         "8 CPU, 0 GPU, 0 gpu_mem_mib; 2 x (4 CPU, 1 GPU, 3500 gpu_mem_mib)"

@@ -69,12 +69,28 @@ def test_another_attempt_than_the_one_read_is_an_error(store: Store, by_commit: 
 
 def test_wait_ends_with_an_error_when_nothing_comes_or_nobody_wants_it_any_more(store: Store) -> None:
     late = PublishedShards(Announcements(store, SOURCE), "train", [10, 10], 10, timeout_s=0.3)
-    with pytest.raises(StorageError, match="not written within"):
+    with pytest.raises(InputReplaced, match="no shard was finished for 0 s"):
         late.get(0)
     closed = PublishedShards(Announcements(store, SOURCE), "train", [10, 10], 10)
     threading.Timer(0.2, closed.close).start()
     with pytest.raises(StorageError, match="nobody waits"):
         closed.get(0)
+
+
+def test_wait_lasts_as_long_as_other_shards_come(store: Store) -> None:
+    publication = Publication(store, "run/0.json", "a")
+    shards = PublishedShards(Announcements(store, SOURCE), "train", [50, 10], 10, timeout_s=1.0)
+
+    def write_slowly() -> None:
+        for idx in range(5):
+            time.sleep(0.6)
+            publication.add(idx, info(f"shard {idx}"))
+            publication.flush()
+
+    thread = threading.Thread(target=write_slowly)
+    thread.start()
+    assert shards.get(4).key == "shard 4"
+    thread.join()
 
 
 def test_damaged_record_is_an_error_that_names_it(store: Store) -> None:
