@@ -21,6 +21,7 @@ from nf_pipeline.storage.parts import WHOLE, Part, divide_rows, step_sizes
 from nf_pipeline.storage.shards import REPEAT_FIX, Shard, ShardInfo, TensorSpec, read_shard
 from nf_pipeline.storage.store import Store
 
+STORED_TIMEOUT_S = 300.0
 _ALIGNMENT_BYTES = 64
 
 
@@ -125,8 +126,9 @@ class ShardReader:
     ) -> None:
         self.wait_s = 0.0
         self._store = store
-        self._grows = not isinstance(shards, Sequence)
-        self._shards: ShardList = shards if self._grows else _StoredShards(shards)
+        grows = not isinstance(shards, Sequence)
+        self._shards: ShardList = shards if grows else _StoredShards(shards)
+        self._default_timeout_s = None if grows else STORED_TIMEOUT_S
         self._spec = spec
         self._batch_size = batch_size
         self._part = part
@@ -159,7 +161,7 @@ class ShardReader:
         shuffle: bool,
         even: bool = False,
         shuffle_shards: bool = True,
-        timeout_s: float = 300.0,
+        timeout_s: float | None = None,
     ) -> Iterator[Batch]:
         """Yields one epoch of the part, every row exactly once (for the exceptions see `divide_rows`).
 
@@ -174,7 +176,8 @@ class ShardReader:
                 a short last one.
             shuffle_shards: False keeps the windows in stored order and shuffles inside each: for an epoch that
                 reads shards while they are being written. Without `shuffle` it has no meaning.
-            timeout_s: longest wait for the next stored shards; a `ShardList` has a time-out of its own.
+            timeout_s: longest wait for the next shards; by default that of `STORED_TIMEOUT_S`, or the one that a
+                `ShardList` has of its own.
 
         Raises:
             ObjectMissing, ObjectCorrupt: a shard is not what the manifest says.
@@ -187,7 +190,7 @@ class ShardReader:
         hangs = False
         try:
             filler = _BatchFiller(self._spec.nbytes, self._batch_sizes(even))
-            for window in self._fetched(pool, windows, None if self._grows else timeout_s):
+            for window in self._fetched(pool, windows, timeout_s or self._default_timeout_s):
                 rows = _row_order(window, random if shuffle else None)
                 yield from filler.fill(window, rows)
                 window.clear()  # the last reference to these shards: the window after the next comes now
