@@ -14,6 +14,7 @@ EXIT_PLAN = 3
 EXIT_STORAGE = 4
 EXIT_BLOCK = 5
 EXIT_INTERNAL = 70
+EXIT_INTERRUPTED = 130
 
 
 class NFError(Exception):
@@ -114,6 +115,10 @@ class RunConflict(ConfigError):
     """The run's name is taken by a run with another configuration."""
 
 
+class RunLocked(RunConflict):
+    """Another driver works on the run."""
+
+
 class BlockError(NFError):
     """A stage, most often a block, cannot be finished.
 
@@ -156,6 +161,12 @@ class StageStopped(NFError):
     """A stage was ended because another one of the same run failed."""
 
     exit_code = EXIT_BLOCK
+
+
+class RunInterrupted(NFError):
+    """The run was asked to end, and did where nothing is lost: the next start goes on from there."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class InternalError(NFError):

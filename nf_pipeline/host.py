@@ -4,6 +4,7 @@ import os
 import socket
 from pathlib import Path
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -25,3 +26,38 @@ def available_threads() -> int:
 def worker_name() -> str:
     """Returns "host:pid" for logs and the summary."""
     return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def process_identity() -> str:
+    """Names this process so that `has_ended` can tell, on this machine, whether it still runs.
+
+    "PLACE/PID/START": the place is one boot of one machine and one container on it, the start tells processes with
+    the same number apart. "" where the operating system does not say.
+    """
+    place, start = _place(), _start_of(os.getpid())
+    return f"{place}/{os.getpid()}/{start}" if place and start else ""
+
+
+def has_ended(identity: str) -> bool:
+    """Whether a process named by `process_identity` has certainly ended; False where that cannot be known."""
+    place, _, rest = identity.rpartition("/")[0].partition("/")
+    if not place or place != _place() or not rest.isdecimal():
+        return False
+    return _start_of(int(rest)) != identity.rpartition("/")[2]
+
+
+def _place() -> str:
+    try:
+        return f"{_BOOT_ID.read_text().strip()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return ""
+
+
+def _start_of(pid: int) -> str:
+    """Returns when a process began, in clock ticks since boot; "" if there is none, or only its entry is left."""
+    try:
+        # Field 2, the name, may hold spaces and brackets: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]

@@ -14,10 +14,9 @@ from nf_pipeline.cli.model_commands import evaluate_command, export_command, pre
 from nf_pipeline.cli.options import Session, debug_option
 from nf_pipeline.cli.store_commands import doctor_command, gc_command, status_command
 from nf_pipeline.cli.train_commands import plan_command, resume_command, train_command
-from nf_pipeline.errors import EXIT_INTERNAL, InternalError, NFError
+from nf_pipeline.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, InternalError, NFError
 
 PROGRAM = "nf-pipeline"
-EXIT_INTERRUPTED = 130
 
 
 class _InWorkflowOrder(click.Group):

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nf_pipeline.cli.options import config_from, config_options, debug_option, json_option
+from nf_pipeline.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from nf_pipeline.executors.ray_jobs import Job, RayJobs
-
-EXIT_INTERRUPTED = 130
 
 
 @click.command(

@@ -1,5 +1,11 @@
-"""Ctrl-C during a run: it always ends the command, and the user learns how to continue."""
+"""Ctrl-C during a run: the user learns what happens, and how to continue.
 
+The first one lets the run finish the epochs that it is training, the second one ends it at once. SIGTERM and SIGHUP
+(a job that is stopped, a terminal that is closed) end it at once, in order: tasks are cancelled, the run is given up
+for the next driver. Entry: `interruptible`.
+"""
+
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -8,15 +14,25 @@ from typing import IO, Any
 
 import click
 
+from nf_pipeline.driver.stop_request import StopRequest
+from nf_pipeline.errors import EXIT_INTERRUPTED, RunInterrupted
+
+_FINISHING = b"\nfinishing the epoch that is being trained; Ctrl-C again stops at once\n"
+_SIGNALS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+
 
 class Interrupted(click.ClickException):
-    """The user pressed Ctrl-C; what is stored is enough to continue.
+    """The user ended the run; what is stored is enough to continue.
 
     Args:
         run_uri: STORE/NAME of the run.
     """
 
-    exit_code = 130
+    exit_code = EXIT_INTERRUPTED
 
     def __init__(self, run_uri: str) -> None:
         super().__init__(f"interrupted; continue with: nf-pipeline resume {run_uri}")
@@ -27,24 +43,29 @@ class Interrupted(click.ClickException):
 
 
 @contextmanager
-def interruptible(run_uri: str) -> Iterator[Callable[[], None]]:
-    """Turns Ctrl-C into `Interrupted`.
+def interruptible(run_uri: str, stop: StopRequest) -> Iterator[Callable[[], None]]:
+    """Turns the signals that ask a run to end into `Interrupted`.
 
     Python drops an exception that strikes in a weak reference's callback or a finaliser, and counting live
     bytes while a block trains runs thousands of those: a Ctrl-C can get lost there. So it is noted as well.
 
     Args:
         run_uri: STORE/NAME of the run.
+        stop: asked by the first Ctrl-C.
 
     Yields:
-        A function to call now and then, which raises KeyboardInterrupt if one was noted.
+        A function to call now and then, which raises KeyboardInterrupt if the run is to end at once.
 
     Raises:
-        Interrupted: Ctrl-C was pressed.
+        Interrupted: the run ended because of a signal.
     """
     noted: list[int] = []
 
     def note(signal_number: int, _frame: object) -> None:
+        if signal_number == signal.SIGINT and not stop.is_asked:
+            stop.ask()
+            os.write(2, _FINISHING)  # a signal may strike inside a print
+            return
         noted.append(signal_number)
         raise KeyboardInterrupt
 
@@ -52,12 +73,14 @@ def interruptible(run_uri: str) -> Iterator[Callable[[], None]]:
         if noted:
             raise KeyboardInterrupt
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # a job in the background may ignore Ctrl-C on purpose
-        signal.signal(signal.SIGINT, note)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number, handler in before.items():
+        if handler is _SIGNALS[number]:  # a job in the background may ignore them on purpose
+            signal.signal(number, note)
     try:
         yield check
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RunInterrupted):
         raise Interrupted(run_uri) from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

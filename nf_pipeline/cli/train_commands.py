@@ -22,6 +22,7 @@ from nf_pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from nf_pipeline.driver.stop_request import StopRequest
     from nf_pipeline.events import Event
 
 EXAMPLE = "nf-pipeline {} --data digits --model vgg11_bn --memory-budget 64MiB"
@@ -72,8 +73,8 @@ def train_command(*, as_json: bool, quiet: bool, **given: Any) -> None:
     run_uri = join_run_uri(config.storage.uri, config.run)
     from nf_pipeline.driver.run import train
 
-    with _displayed(run_uri, quiet=quiet) as progress:
-        summary = train(config, on_event=progress)
+    with _displayed(run_uri, quiet=quiet) as (progress, stop):
+        summary = train(config, on_event=progress, stop=stop)
     _print_summary(summary, run_uri, as_json=as_json)
 
 
@@ -113,25 +114,27 @@ def resume_command(
     cluster = _cluster_changes(assignments, {"cluster.executor": executor, "cluster.address": address})
     from nf_pipeline.driver.run import resume
 
-    with _displayed(uri, quiet=quiet) as progress:
-        summary = resume(uri, on_event=progress, cluster=cluster, model=model)
+    with _displayed(uri, quiet=quiet) as (progress, stop):
+        summary = resume(uri, on_event=progress, cluster=cluster, model=model, stop=stop)
     _print_summary(summary, uri, as_json=as_json)
 
 
 @contextmanager
-def _displayed(run_uri: str, *, quiet: bool) -> Iterator[Callable[[Event], None]]:
+def _displayed(run_uri: str, *, quiet: bool) -> Iterator[tuple[Callable[[Event], None], StopRequest]]:
     from nf_pipeline.cli.progress import open_progress
     from nf_pipeline.driver.status import read_plan
+    from nf_pipeline.driver.stop_request import StopRequest
 
+    stop = StopRequest()
     display = open_progress(sys.stderr, plan=read_plan(run_uri), quiet=quiet)
     try:
-        with interruptible(run_uri) as check:
+        with interruptible(run_uri, stop) as check:
 
             def listen(event: Event) -> None:
                 check()
                 display(event)
 
-            yield listen
+            yield listen, stop
     finally:
         display.close()
 

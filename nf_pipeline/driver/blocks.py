@@ -5,7 +5,7 @@ start follows from it. Entry: `BlockRuns.run`.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from nf_pipeline.config import RunConfig
@@ -14,7 +14,7 @@ from nf_pipeline.driver.round_schedule import Round, RoundSchedule
 from nf_pipeline.driver.round_store import RoundStore
 from nf_pipeline.driver.stage_runner import StageRunner, StageWork
 from nf_pipeline.driver.stages import block_stage
-from nf_pipeline.errors import InputReplaced
+from nf_pipeline.errors import InputReplaced, RunInterrupted
 from nf_pipeline.events import Event, Publishing, StageFailed
 from nf_pipeline.executors.base import Executor, Resources
 from nf_pipeline.plans import BlockPlan, Plan
@@ -87,7 +87,7 @@ class BlockRuns:
         pool = ThreadPoolExecutor(len(self._plan.blocks), thread_name_prefix="stage")
         try:
             while not schedule.is_finished:
-                for work in schedule.ready():
+                for work in self._startable(schedule, running):
                     schedule.start(work)
                     running[pool.submit(self._train, work, schedule)] = work
                 # Woken now and then: a round may have begun to publish.
@@ -100,12 +100,26 @@ class BlockRuns:
         finally:
             pool.shutdown(wait=True)
 
+    def _startable(self, schedule: RoundSchedule, running: Collection[Future[None]]) -> list[Round]:
+        """Lists the rounds that are to start now.
+
+        Raises:
+            RunInterrupted: none is to start any more, and none runs.
+        """
+        if not running:
+            self._runner.stop.check()
+        return [] if self._runner.stop.is_asked else schedule.ready()
+
     def _take_end(self, schedule: RoundSchedule, work: Round, future: Future[None]) -> None:
         try:
             future.result()
         except InputReplaced as replaced:
             # The block before was lost while it wrote; its next attempt may need the worker that this round held.
             logger.info("%s", replaced)
+            schedule.give_back(work)
+        except RunInterrupted:
+            # Whoever reads what this round was writing cannot finish its epoch any more.
+            schedule.withdraw(work)
             schedule.give_back(work)
         else:
             self._take(schedule, work)

@@ -5,8 +5,10 @@ tensors and imports no torch: stages run where the executor puts them. Entries: 
 """
 
 import json
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +16,10 @@ from nf_pipeline.config import AUTO, FORMAT_VERSION, RunConfig
 from nf_pipeline.data.handed_over import describe_files, drop_dataset, settle_dataset, with_dataset
 from nf_pipeline.driver.blocks import BlockRuns, memory_of
 from nf_pipeline.driver.event_log import EventLog, Listener
+from nf_pipeline.driver.run_lock import RunLock, hold_run
 from nf_pipeline.driver.run_record import load_run, open_run, plan_of, read_json
 from nf_pipeline.driver.stage_runner import StageRunner, StageWork
+from nf_pipeline.driver.stop_request import StopRequest
 from nf_pipeline.driver.summary import make_summary
 from nf_pipeline.errors import AlreadyExists, ConfigError, ObjectCorrupt
 from nf_pipeline.events import Note, StageSkipped
@@ -37,8 +41,16 @@ from nf_pipeline.worker.tasks import (
     plan_fingerprint,
 )
 
+logger = logging.getLogger(__name__)
 
-def train(config: RunConfig, *, dataset: Any = None, on_event: Listener | None = None) -> dict[str, Any]:
+
+def train(
+    config: RunConfig,
+    *,
+    dataset: Any = None,
+    on_event: Listener | None = None,
+    stop: StopRequest | None = None,
+) -> dict[str, Any]:
     """Trains a model block by block under the memory budget; continues the run if it has begun.
 
     Args:
@@ -46,11 +58,14 @@ def train(config: RunConfig, *, dataset: Any = None, on_event: Listener | None =
         dataset: images and labels in place of `data.source`: a `ray.data.Dataset`, a `pyarrow.dataset.Dataset`, a
             `pyarrow.Table`, or a mapping of "train", "val" and "test" to these; see `nf_pipeline.data.handed_over`.
         on_event: called with every event as it happens, one at a time, not always in the same thread.
+        stop: through which the caller can ask the run to end after the epochs that are being trained.
 
     Returns:
         The summary, as stored in summary.json.
 
     Raises:
+        RunLocked: another driver works on the run.
+        RunInterrupted: it ended because `stop` asked for that.
         RunConflict: the name is taken by a run with another configuration.
         DataError: the dataset cannot be used.
         NFError: any documented error of a stage; what is finished stays finished.
@@ -58,20 +73,22 @@ def train(config: RunConfig, *, dataset: Any = None, on_event: Listener | None =
     began = time.monotonic()
     config = with_dataset(config, dataset)
     store, layout = open_store(config.storage.uri), RunLayout(config.run)
-    with open_executor(config.cluster, config.run) as executor:
+    listeners = [on_event] if on_event else []
+    with _held(store, layout, listeners) as lock, open_executor(config.cluster, config.run) as executor:
         config = open_run(store, layout, config, executor.default_threads(config.train.device))
         handed_over = settle_dataset(store, layout, config, dataset)
-        log = EventLog(store, layout.events_jsonl, executor.observe, *([on_event] if on_event else []))
+        log = EventLog(store, layout.events_jsonl, lambda _: lock.check(), executor.observe, *listeners)
         if handed_over:
             log.add(Note(stage="ingest", text=describe_files(handed_over)))
         elif dataset is not None:
             log.add(Note(stage="ingest", level="warning", text="the run has its images: the dataset was not read"))
         try:
-            runner = StageRunner(store, log, executor, config.run)
+            runner = StageRunner(store, log, executor, config.run, stop or StopRequest())
             summary = _Run(config, store, layout, log, runner, executor).all_stages(began)
+            store.put(layout.summary_json, json.dumps(summary, indent=2).encode())
         finally:
-            log.flush()
-    store.put(layout.summary_json, json.dumps(summary, indent=2).encode())
+            if not lock.is_lost:  # else the log is another driver's
+                log.flush()
     return summary
 
 
@@ -81,19 +98,29 @@ def resume(
     on_event: Listener | None = None,
     cluster: Mapping[str, Any] | None = None,
     model: str | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Continues a run from its own record.
 
     Args:
         uri: STORE/NAME.
-        on_event: called with every event as it happens.
+        on_event, stop: see `train`.
         cluster: settings of the section `cluster` to change, such as {"executor": "inline"}.
         model: the factory, where the run was started with one.
 
     Raises:
         ObjectMissing: there is no such run.
     """
-    return train(load_run(uri, cluster, model), on_event=on_event)
+    return train(load_run(uri, cluster, model), on_event=on_event, stop=stop)
+
+
+def _held(store: Store, layout: RunLayout, listeners: Sequence[Listener]) -> AbstractContextManager[RunLock]:
+    def tell(text: str) -> None:
+        logger.info("%s", text)
+        for listener in listeners:
+            listener(Note(stage="run", level="warning", text=text))
+
+    return hold_run(store, layout, on_wait=tell)
 
 
 class _Run:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from nf_pipeline.driver.event_log import EventLog, Listener
+from nf_pipeline.driver.stop_request import StopRequest
 from nf_pipeline.errors import (
     AlreadyExists,
+    InputReplaced,
     InternalError,
     ObjectCorrupt,
     OutOfBudget,
+    RunInterrupted,
     StageStopped,
 )
 from nf_pipeline.events import Event, Note, StageDone, StageFailed, StageSkipped
@@ -54,8 +57,9 @@ def ignore(event: Event) -> None:
 class StageRunner:
     """Runs stages on an executor and logs what happens to them."""
 
-    def __init__(self, store: Store, log: EventLog, executor: Executor, run: str) -> None:
+    def __init__(self, store: Store, log: EventLog, executor: Executor, run: str, stop: StopRequest) -> None:
         self.store = store
+        self.stop = stop
         self._log = log
         self._executor = executor
         self._run = run
@@ -112,7 +116,7 @@ class StageRunner:
             attempt = new_attempt_id()
             try:
                 return self._attempt(work, attempt, failures, listen)
-            except StageStopped:
+            except (StageStopped, RunInterrupted):
                 raise
             except AlreadyExists:
                 if work.commit_key and self.store.size(work.commit_key) is None:
@@ -121,6 +125,8 @@ class StageRunner:
                 self._log.add(Note(stage=work.name, text=f"attempt {attempt}: another one committed first"))
                 return {}
             except Exception as error:  # logged here, whatever it is, and raised again unless it is worth a retry
+                if isinstance(error, InputReplaced):
+                    self.stop.check()  # ended before it began, because that was asked for
                 failures[type(error)] += 1
                 decision = decide(error, failures[type(error)])
                 failed = StageFailed(stage=work.name, attempt=attempt, error=type(error).__name__, text=str(error))
@@ -140,12 +146,20 @@ class StageRunner:
         num_attempts = work.attempts_before + failures.total() + 1
         task = work.make_task(attempt, num_attempts, failures[OutOfBudget])
         name = f"{self._run}/{work.name} attempt {num_attempts}"
-        result = None
-        for event in self._executor.run(name, work.function, task, work.resources, work.is_wanted):
+        result, has_begun = None, False
+        self.stop.check()
+
+        def is_wanted() -> bool:
+            return work.is_wanted() and (has_begun or not self.stop.is_asked)
+
+        for event in self._executor.run(name, work.function, task, work.resources, is_wanted):
+            has_begun = True
             self._log.add(event)
             listen(event)
             if isinstance(event, StageDone):
                 result = event.result
+            else:
+                self.stop.check(event)
         if result is None:
             raise InternalError(f"{work.name} ended without a result")
         return result

@@ -2,7 +2,11 @@
 
 import logging
 import re
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
@@ -24,24 +28,40 @@ def connect(cluster: ClusterConfig) -> None:
     if cluster.address is not None:
         _check_reachable(cluster.address)
     try:
-        if cluster.address is None:
-            # "local": a bare init joins whatever a file in the temporary folder points at. Token
-            # authentication is left as the environment says; Ray reads RAY_AUTH_MODE when it is imported
-            # and since 2.59 turns it on for local clusters by itself.
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            )
-        else:
-            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        with _keeping_sigterm():
+            _init(cluster)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"cannot reach a Ray cluster at {cluster.address or 'this machine'}: {error}",
             "check --address, or leave it out to start a local Ray, or use --executor inline",
         ) from error
+
+
+def _init(cluster: ClusterConfig) -> None:
+    if cluster.address is None:
+        # "local": a bare init joins whatever a file in the temporary folder points at. Token
+        # authentication is left as the environment says; Ray reads RAY_AUTH_MODE when it is imported
+        # and since 2.59 turns it on for local clusters by itself.
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        )
+    else:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Puts a handler of SIGTERM back, which `ray.init` replaces by its own; where there was none, Ray's may stay."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _check_reachable(address: str) -> None:

@@ -1,6 +1,7 @@
 """Every key of a run: nothing else joins paths.
 
     RUN/run.json  plan.json  events.jsonl  summary.json
+    RUN/lock/00000000.json        which driver works on the run
     RUN/dataset/manifest.json     dataset/train-00000.parquet     of a data set handed over, until it is ingested
     RUN/ingest/manifest.json      ingest/attempt-ID/train-00000.parquet
     RUN/blocks/000/manifest.json  blocks/000/attempt-ID/weights.safetensors
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from nf_pipeline.errors import InternalError
 
 _BLOCK_STAGE = re.compile(r"block-(\d{3,})")
+_LOCK = re.compile(r"/lock/(\d{8,})\.json$")
 _ROUND_MANIFEST = re.compile(r"/rounds/(\d{5,})/manifest\.json$")
 
 
@@ -57,6 +59,20 @@ class RunLayout:
     def summary_json(self) -> str:
         """The run's result."""
         return f"{self.run}/summary.json"
+
+    @property
+    def locks(self) -> str:
+        """Prefix of the lock that a driver holds while it works on the run."""
+        return f"{self.run}/lock"
+
+    def lock(self, generation: int) -> str:
+        """One generation of the lock; the newest is the one that counts."""
+        return f"{self.locks}/{generation:08d}.json"
+
+    def lock_generation(self, key: str) -> int | None:
+        """Reads the generation back from the key of a `lock`; None for any other key."""
+        match = _LOCK.search(key)
+        return int(match.group(1)) if match else None
 
     @property
     def dataset(self) -> str:

@@ -203,17 +203,26 @@ def test_export_prints_where_it_wrote(trained, tmp_path: Path) -> None:
     assert Path(done.stdout.strip()).exists()
 
 
-def test_interrupted_train_ends_with_130_and_a_command_that_continues_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "nf_pipeline", "train", *SMALL, "--epochs", "8"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+@pytest.mark.parametrize("executor", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
+def test_interrupted_train_finishes_its_epoch_and_ends_with_130_and_a_command_that_continues_it(
+    tmp_path: Path, executor: str
+) -> None:
+    command = [sys.executable, "-m", "nf_pipeline", "train", *SMALL, "--epochs", "8", "--executor", executor]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
+    )
     seen = []
     for line in process.stderr:
         seen.append(line)
         if " | epoch " in line:
-            os.kill(process.pid, signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: everybody in the foreground gets it
             break
     rest = process.communicate(timeout=300)[1]
     assert process.returncode == 130, "".join(seen) + rest
+    assert "finishing the epoch" in rest
+    assert " failed" not in rest
+    lock = json.loads(next(tmp_path.glob("nf-runs/run/lock/*.json")).read_text())
+    assert lock["is_released"]
     hint = re.search(r"continue with: nf-pipeline (resume \S+)", rest)
     assert hint, rest
     status = json.loads(run_ok(tmp_path, "status", "nf-runs/run", "--json").stdout)

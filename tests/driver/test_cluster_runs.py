@@ -14,7 +14,8 @@ from nf_pipeline.driver.doctor import GREETING_STAGE
 from nf_pipeline.driver.preview import preview
 from nf_pipeline.driver.run import train
 from nf_pipeline.driver.status import read_status
-from nf_pipeline.errors import ConfigError
+from nf_pipeline.driver.stop_request import StopRequest
+from nf_pipeline.errors import ConfigError, RunInterrupted
 from nf_pipeline.events import EpochDone, Event, Note, Publishing, StageFailed, StageStarted
 from nf_pipeline.executors import open_executor
 from nf_pipeline.executors.base import Resources
@@ -162,6 +163,27 @@ def test_pipelined_run_equals_the_inline_one_bit_for_bit(on_cluster: MakeConfig,
     assert by_ray["weights_checksum"] == inline["weights_checksum"]
     assert [block["attempts"] for block in by_ray["blocks"]] == [1] * len(by_ray["blocks"])
     assert len([event for event in events if isinstance(event, StageStarted) and event.stage == "block-000"]) == 3
+
+
+def test_pipelined_run_that_is_asked_to_stop_finishes_the_epochs_of_all_its_blocks(
+    on_cluster: MakeConfig, digits_config: MakeConfig
+) -> None:
+    config = on_cluster(run="stopped", train__mode="pipelined", train__epochs=4)
+    stop, first, second = StopRequest(), [], []
+
+    def listen(event: Event) -> None:
+        first.append(event)
+        if isinstance(event, EpochDone) and event.stage == "block-001":
+            stop.ask()
+
+    with pytest.raises(RunInterrupted):
+        train(config, on_event=listen, stop=stop)
+    resumed = train(config, on_event=second.append)
+    inline = train(digits_config(run="inline", train__mode="pipelined", train__epochs=4))
+    assert resumed["weights_checksum"] == inline["weights_checksum"]
+    assert not [event for event in first if isinstance(event, StageFailed)]
+    epochs = [(event.stage, event.epoch) for event in [*first, *second] if isinstance(event, EpochDone)]
+    assert len(epochs) == len(set(epochs)) == 4 * len(resumed["blocks"])
 
 
 def test_node_lost_in_the_middle_of_a_block_is_replaced_and_the_weights_stay_the_same(
