@@ -1,6 +1,10 @@
 # make demo        set up everything and run the main job on real data
 # make test        set up everything and run the tests
 # make test-gpu    the tests that need a CUDA device
+# make test-faults everything that may break a run, as tests; NF_FAULT_TABLE=FILE takes a line for each fault
+# make test-slow   larger loads: networks of 200 layers, 10,000 classes, memory at 16 times the data
+# make soak        faults at random times for SOAK_MINUTES (10); SOAK_SEED repeats them
+# make fuzz        much more bad input than `make test` tries: FUZZ_SECONDS (120) for each decoder, then properties
 # make lint        style and formatting              make bench      block-by-block beside backpropagation
 # make clean       remove .venv and caches (runs in nf-runs/ stay)
 #
@@ -17,6 +21,7 @@ TORCH ?= torch torchvision
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
+FUZZ_SECONDS ?= 120
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
@@ -30,7 +35,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu lint format bench clean
+.PHONY: help demo test test-gpu test-faults test-slow soak fuzz lint format bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Stamps/,$$d'
@@ -62,6 +67,21 @@ test: $(INSTALLED_TEST)
 
 test-gpu: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
+
+test-faults: $(INSTALLED_TEST)
+	$(BIN)/python -m pytest tests/faults -m 'not soak' $(PYTEST_FLAGS)
+
+test-slow: $(INSTALLED_TEST)
+	$(BIN)/python -m pytest tests/load -m slow $(PYTEST_FLAGS)
+
+soak: $(INSTALLED_TEST)
+	$(BIN)/python -m pytest tests/faults -m soak --log-cli-level=INFO $(PYTEST_FLAGS)
+
+fuzz: $(INSTALLED_TEST)
+	$(PIP) --editable '.[fuzz]' || echo 'atheris cannot be installed here'
+	for target in shards manifest sealed plan model events weights images; do \
+		$(BIN)/python tests/fuzz/decoders.py $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; done
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/fuzz --timeout=7200 $(PYTEST_FLAGS)
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .

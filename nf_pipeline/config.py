@@ -8,17 +8,33 @@ name the field, what came and what is wanted. Knows nothing of torch, Ray or sto
 import difflib
 import hashlib
 import json
+import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.redact import holds_credentials, redacted
 from nf_pipeline.units import parse_bytes
 
 FORMAT_VERSION = 1
+
+MAX_FILE_BYTES = 64 * 2**10
+"""Size of a configuration file; one with every setting takes some 3 KiB."""
+
+_SHOWN_CHARS = 80
 
 ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
 
@@ -30,17 +46,30 @@ def _parse_budget(value: Any) -> Any:
     return AUTO if value == AUTO else parse_bytes(value)
 
 
+def _refuse_credentials(value: str) -> str:
+    if holds_credentials(value):
+        raise ValueError("credentials do not belong here, the configuration is stored: give them by the environment")
+    return value
+
+
+Place = Annotated[str, AfterValidator(_refuse_credentials)]
 Budget = Annotated[int | Literal["auto"], BeforeValidator(_parse_budget)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # it may hold a credential
+    )
 
 
 class DataConfig(_Section):
     """Which images, and how they are read and split."""
 
-    source: str = "digits"
+    source: Place = Field(default="digits", min_length=1)
     """Directory or URI of Parquet, image folder, torchvision data set name, or `digits`."""
     image_column: str | None = None
     """Parquet column with the image; found by its type when not given."""
@@ -52,7 +81,7 @@ class DataConfig(_Section):
     """Part of the train split that becomes the validation split when the data brings none."""
     test_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Part of the train split that becomes the test split when the data brings none."""
-    max_train_images: int | None = Field(default=None, ge=2)
+    max_train_images: int | None = Field(default=None, ge=2, lt=2**63)
     """Stratified, seeded subset of the train split, validation included; None takes all."""
     on_bad_image: Literal["error", "skip"] = "error"
     """`skip` counts and lists images that cannot be decoded instead of ending the run."""
@@ -112,7 +141,7 @@ class TrainConfig(_Section):
     """Momentum of SGD."""
     weight_decay: float = Field(default=5e-4, ge=0.0, le=1.0)
     """L2 penalty."""
-    warmup_epochs: float = Field(default=1.0, ge=0.0)
+    warmup_epochs: float = Field(default=1.0, ge=0.0, le=100_000.0)
     """Linear warm-up before the cosine schedule, in epochs; at most half the schedule is used."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward and backward pass under autocast."""
@@ -127,14 +156,14 @@ class ExitsConfig(_Section):
 
     tolerance: float = Field(default=0.5, ge=0.0, le=100.0)
     """Percentage points that the chosen exit may be below the best one."""
-    confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
+    confidence: float = Field(default=0.95, gt=0.0, le=0.999999)
     """Level of the intervals around each exit's validation accuracy."""
 
 
 class StorageConfig(_Section):
     """Where and how the run is stored."""
 
-    uri: str = "./nf-runs"
+    uri: Place = "./nf-runs"
     """A folder or s3://bucket/prefix; endpoint and credentials come from the environment."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     """Type of stored activations."""
@@ -142,6 +171,9 @@ class StorageConfig(_Section):
     """Parquet compression of the shards."""
     shard_bytes: ByteCount = 32 * 2**20
     """Tensor bytes per shard object."""
+    keep_activations: Literal["all", "last", "none"] = "all"
+    """`last` deletes a block's activations once the next block is trained on them, but for the last ones of the run;
+    `none` deletes these as well when the final model is there. May change while a run is continued."""
 
     @field_validator("shard_bytes")
     @classmethod
@@ -156,11 +188,11 @@ class ClusterConfig(_Section):
 
     executor: Literal["ray", "inline"] = "ray"
     """`inline` runs every stage in this process; `ray` as Ray tasks."""
-    address: str | None = None
+    address: Place | None = None
     """Ray address to join; None starts a local Ray and stops it at the end."""
     num_threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of a training worker; None takes what the run began with, at first all of the driver's machine."""
-    placement_timeout_s: float = Field(default=60.0, gt=0.0)
+    placement_timeout_s: float = Field(default=60.0, gt=0.0, le=31_536_000.0)
     """How long a task may wait for a worker that others of this run do not hold, before the run fails."""
     autoscaling: bool = False
     """Whether the cluster adds nodes when tasks wait; then nothing is refused because no node holds it yet. Name the
@@ -185,7 +217,7 @@ class RunConfig(_Section):
     @property
     def fingerprint(self) -> str:
         """Hash of every setting that can change the result (16 hex digits)."""
-        excluded = {"run": True, "cluster": True, "storage": {"uri"}, "data": {"decode_threads"}}
+        excluded = {"run": True, "cluster": True, "storage": {"uri", "keep_activations"}, "data": {"decode_threads"}}
         settings = self.model_dump(exclude=excluded)
         return fingerprint_of({"format_version": FORMAT_VERSION, **settings})
 
@@ -233,6 +265,15 @@ def validate_config(document: Mapping[str, Any]) -> RunConfig:
         raise _explain(error) from None
 
 
+def images_config(**settings: Any) -> DataConfig:
+    """Checks the section `data` alone, for images that a trained model reads.
+
+    Raises:
+        ConfigError: names every wrong field with got and want.
+    """
+    return validate_config({"memory": {"budget_bytes": 1}, "data": settings}).data  # the budget is for nobody
+
+
 def field_names() -> list[str]:
     """Lists every setting as `section.field`, in the order of the classes."""
     names = []
@@ -248,20 +289,33 @@ def field_names() -> list[str]:
 def _read_file(file: Path) -> dict[str, Any]:
     is_json = file.suffix.lower() == ".json"
     try:
-        text = file.read_text(encoding="utf8")
+        text = _read_text(file)
         document = json.loads(text) if is_json else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # what the parsers raise is a ValueError, numbers of 5,000 digits too
         fix = f"give a readable {'JSON' if is_json else 'TOML'} file"
         raise ConfigError(f"config file {file}: {error}", fix) from None
+    except RecursionError:
+        raise ConfigError(f"config file {file}: it is nested too deeply", "one table per section") from None
     if not isinstance(document, dict):
         raise ConfigError(f"config file {file}: holds no sections", 'write {"section": {"field": value}}')
     return document
 
 
+def _read_text(file: Path) -> str:
+    # A pipe could keep the program waiting for ever, and a device may never end.
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError("it is no regular file")
+    with file.open("rb") as stream:
+        data = stream.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
+    return data.decode()
+
+
 def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -278,7 +332,7 @@ def _explain(error: ValidationError) -> ConfigError:
     known = field_names()
     lines, fixes = [], []
     for problem in error.errors(include_url=False):
-        field = ".".join(str(part) for part in problem["loc"])
+        field = ".".join(str(part) for part in problem["loc"])[:_SHOWN_CHARS]
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(field, known, n=3, cutoff=0.5)
             lines.append(f"{field}: unknown setting")
@@ -287,7 +341,13 @@ def _explain(error: ValidationError) -> ConfigError:
             lines.append(f"{field}: not given")
             fixes.append("--memory-budget 300MiB" if field.startswith("memory") else f"give {field}")
         else:
-            got = repr(problem["input"])
-            lines.append(f"{field}: got {got[:80]}, {problem['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{field}: got {_shown(problem['input'])}, {problem['msg'].removeprefix('Value error, ')}")
             fixes.append(f"change {field}")
     return ConfigError("configuration: " + "; ".join(lines), "; ".join(dict.fromkeys(fixes)))
+
+
+def _shown(value: Any) -> str:
+    try:
+        return redacted(repr(value))[:_SHOWN_CHARS]
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists in lists in lists
+        return f"{type(value).__name__} that is too large to show"

@@ -99,12 +99,33 @@ class StorageError(NFError):
         return f"{self.what}{where}" + (f"\nFix: {self.fix}" if self.fix else "")
 
 
+class StoreUnreachable(StorageError):
+    """The store does not answer, or only that it cannot now: waiting may help.
+
+    Example: the S3 server restarts, the network is gone, requests are answered with 503.
+    """
+
+
 class ObjectMissing(StorageError):
     """An object that a manifest or a command names is not in the store."""
 
 
 class ObjectCorrupt(StorageError):
     """An object's size, checksum or content is not what its manifest says."""
+
+
+class StageOutdated(ObjectCorrupt):
+    """A stage was committed for another configuration or input than the run has now.
+
+    Args:
+        what, uri, fix: as for every `StorageError`.
+        commit: key of the stage's commit.
+    """
+
+    def __init__(self, what: str, uri: str = "", fix: str = "", commit: str = "") -> None:
+        super().__init__(what, uri, fix)
+        self.args = (what, uri, fix, commit)
+        self.commit = commit
 
 
 class AlreadyExists(StorageError):

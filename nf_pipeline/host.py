@@ -6,6 +6,7 @@ from pathlib import Path
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+CGROUP_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def usable_cpus() -> float:
@@ -23,6 +24,15 @@ def available_threads() -> int:
     return max(1, int(usable_cpus()))
 
 
+def memory_bytes() -> int:
+    """Returns the memory of this machine, cut by the container's limit."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(physical, int(CGROUP_MEMORY_LIMIT.read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return physical
+
+
 def worker_name() -> str:
     """Returns "host:pid" for logs and the summary."""
     return f"{socket.gethostname()}:{os.getpid()}"
@@ -34,16 +44,22 @@ def process_identity() -> str:
     "PLACE/PID/START": the place is one boot of one machine and one container on it, the start tells processes with
     the same number apart. "" where the operating system does not say.
     """
-    place, start = _place(), _start_of(os.getpid())
-    return f"{place}/{os.getpid()}/{start}" if place and start else ""
+    place = _place()
+    return f"{place}/{os.getpid()}/{_start_of(os.getpid())}" if place else ""
 
 
 def has_ended(identity: str) -> bool:
     """Whether a process named by `process_identity` has certainly ended; False where that cannot be known."""
-    place, _, rest = identity.rpartition("/")[0].partition("/")
-    if not place or place != _place() or not rest.isdecimal():
+    place, pid, start = [*identity.split("/"), "", "", ""][:3]
+    if not place or place != _place() or not pid.isdecimal():
         return False
-    return _start_of(int(rest)) != identity.rpartition("/")[2]
+    try:
+        os.kill(int(pid), 0)
+        return _start_of(int(pid)) != start
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's, or no file can be opened: nothing is known of it
+        return False
 
 
 def _place() -> str:
@@ -54,10 +70,11 @@ def _place() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """Returns when a process began, in clock ticks since boot; "" if there is none, or only its entry is left."""
-    try:
-        # Field 2, the name, may hold spaces and brackets: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
+    """Returns when a process began, in clock ticks since boot; "" if only its entry is left.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    # Field 2, the name, may hold spaces and brackets: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return "" if state in "ZX" else fields[18]

@@ -4,20 +4,22 @@ Loading rebuilds the architecture from its name and fills in the weights: nothin
 and no training code is imported.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import safetensors.torch
-
 from nf_pipeline.config import FORMAT_VERSION
 from nf_pipeline.core.exit_model import ExitModel, ExitSpec, build_exit_model
-from nf_pipeline.errors import ConfigError, ObjectCorrupt
+from nf_pipeline.core.tensor_file import read_tensors
+from nf_pipeline.documents import parse_json, read_fields
+from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import checksum_of
+from nf_pipeline.storage.manifest import StageManifest, read_manifest, read_object
+from nf_pipeline.storage.sealed import repair_fix
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.trust import confirm_factory
+
+_MAX_PIXELS = 2**26  # as many as an image of a data set may have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +69,9 @@ class ModelCard:
             ObjectCorrupt: a field is missing or unknown, or the version is another one.
         """
         try:
-            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
-            card = cls(**fields)
-        except (AttributeError, TypeError) as error:
+            card = read_fields(cls, document)
+            card.check()
+        except ValueError as error:
             raise ObjectCorrupt(f"model.json is no model description: {error}", where) from None
         if card.format_version != FORMAT_VERSION:
             raise ObjectCorrupt(
@@ -77,6 +79,21 @@ class ModelCard:
                 where,
             )
         return card
+
+    def check(self) -> None:
+        """Checks what the architecture is built from: nothing larger than the description itself says it has.
+
+        Raises:
+            ValueError: names the fields that disagree.
+        """
+        if not 2 <= self.num_classes == len(self.class_names):
+            raise ValueError(f"num_classes: got {self.num_classes}, and {len(self.class_names)} class names")
+        channels, height, width = self.image_shape
+        if channels not in (1, 3) or not len(self.mean) == len(self.std) == channels or min(self.std) <= 0:
+            raise ValueError(f"image_shape, mean, std: got {self.image_shape}, {self.mean}, {self.std}")
+        if not (height * width <= _MAX_PIXELS and min(height, width, self.unit_layers, self.num_units) >= 1):
+            got = (self.image_shape, self.unit_layers, self.num_units)
+            raise ValueError(f"image_shape, unit_layers, num_units: got {got}")
 
     def build(self) -> ExitModel:
         """Builds the architecture with fresh weights."""
@@ -91,13 +108,21 @@ class ModelCard:
         return build_exit_model(spec, mean=self.mean, std=self.std)
 
 
-def read_card(store: Store, layout: RunLayout) -> ModelCard:
-    """Reads model.json of a finished run."""
+def read_card(store: Store, layout: RunLayout, manifest: StageManifest) -> ModelCard:
+    """Reads model.json of a finished run, whose last stage's manifest vouches for it.
+
+    Raises:
+        ObjectCorrupt: it is not what the manifest names.
+    """
+    where = f"{store.uri}/{layout.model_json}"
+    stored = [entry for entry in manifest.objects if entry.key == layout.model_json]
+    if not stored:
+        raise ObjectCorrupt(f"{layout.model_manifest} names no model.json", store.uri, repair_fix(store, layout.run))
     try:
-        document = json.loads(bytes(store.get(layout.model_json)))
+        document = parse_json(read_object(store, stored[0]))
     except ValueError as error:
-        raise ObjectCorrupt(f"model.json is not JSON: {error}", f"{store.uri}/{layout.model_json}") from None
-    return ModelCard.from_json(document, f"{store.uri}/{layout.model_json}")
+        raise ObjectCorrupt(f"model.json is not JSON: {error}", where) from None
+    return ModelCard.from_json(document, where)
 
 
 def load_model(uri: str, *, model: str | None = None) -> ExitModel:
@@ -112,23 +137,21 @@ def load_model(uri: str, *, model: str | None = None) -> ExitModel:
 
     Raises:
         ObjectMissing: the run has no final model (yet).
-        ObjectCorrupt: the weights are not those that model.json names.
+        ObjectCorrupt: a file is not what the run's last stage stored.
         ConfigError: the run names a factory that `model` does not.
     """
     store_uri, run = split_run_uri(uri)
     store, layout = open_store(store_uri), RunLayout(run)
-    card = read_card(store, layout)
+    manifest = read_manifest(store, layout.model_manifest)
+    if manifest is None or manifest.weights is None:
+        what = f"{layout.model_manifest} is not there: the run has no final model"
+        raise ObjectMissing(what, store.uri, "resume the run: it makes what is missing")
+    card = read_card(store, layout, manifest)
     confirm_factory(card.model, model)
-    data = bytes(store.get(layout.model_weights))
-    if checksum_of(data) != card.weights_checksum:
-        raise ObjectCorrupt(
-            f"weights have checksum {checksum_of(data)}, model.json says {card.weights_checksum}",
-            f"{store.uri}/{layout.model_weights}",
-            "delete the run's model/ folder and resume the run: it is assembled anew",
-        )
+    data = read_object(store, manifest.weights)
     loaded = card.build()
     try:
-        loaded.load_state_dict(safetensors.torch.load(data), strict=True)
+        loaded.load_state_dict(read_tensors(data, f"{store.uri}/{layout.model_weights}"), strict=True)
     except RuntimeError as error:
         raise ConfigError(
             f"{card.model} no longer has the weights that were trained: {error}",

@@ -4,8 +4,11 @@ A plan is made by the planner from a profile and a budget, stored as plan.json, 
 Knows nothing of torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from nf_pipeline.documents import read_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,22 +119,50 @@ class Plan:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Plan":
-        """Reads what `to_json` returned (lists become tuples again)."""
-        fields = {key: _as_tuple(value) for key, value in document.items()}
-        fields["layers"] = tuple(LayerSpec(**_tuples(entry)) for entry in document["layers"])
-        fields["units"] = tuple(UnitProfile(**_tuples(entry)) for entry in document["units"])
-        whole = {"budget_bytes": document["budget_bytes"]}  # plans of earlier versions have one budget for all
-        fields["blocks"] = tuple(BlockPlan(**{**whole, **_tuples(entry)}) for entry in document["blocks"])
-        return cls(**fields)
+        """Reads what `to_json` returned (lists become tuples again).
+
+        Raises:
+            ValueError: a field is missing or of another type, or units and blocks do not cover the layers in order.
+        """
+        plan = read_fields(cls, _with_budgets(document))
+        _check_numbers(document)
+        _check_cover("units", [(unit.start, unit.stop) for unit in plan.units], len(plan.layers))
+        _check_cover("blocks", [block.units for block in plan.blocks], len(plan.units))
+        for block in plan.blocks:
+            first, last = plan.units[block.units[0]], plan.units[block.units[1] - 1]
+            if block.layers != (first.start, last.stop):
+                raise ValueError(f"blocks: layers {list(block.layers)} are not those of units {list(block.units)}")
+        return plan
 
     def units_of(self, block: BlockPlan) -> tuple[UnitProfile, ...]:
         """Returns the units that a block trains, in order."""
         return self.units[block.units[0] : block.units[1]]
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+_POSITIVE = ("num_classes", "image_shape", "out_shape", "batch_size", "budget_bytes")
 
 
-def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: _as_tuple(value) for key, value in entry.items()}
+def _check_cover(what: str, ranges: Sequence[tuple[int, int]], num_parts: int) -> None:
+    starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+    if [*starts, num_parts] != [0, *stops] or not all(start < stop for start, stop in ranges):
+        raise ValueError(f"{what}: {[list(part) for part in ranges][:5]} do not cover {num_parts} parts in order")
+
+
+def _check_numbers(value: Any, field: str = "plan") -> None:
+    """Refuses what no size, count or position can be: below zero (of a fitted line only the intercept may), beyond 63
+    bits, infinite."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in inner:
+        _check_numbers(part, name if isinstance(name, str) else field)
+    smallest = -(2**63) if field == "constant_bytes" else int(field in _POSITIVE)
+    if isinstance(value, int | float) and not smallest <= value < 2**63:
+        raise ValueError(f"{field}: got {value}, want a number from {smallest} to 2**63 - 1")
+
+
+def _with_budgets(document: Any) -> Any:
+    """Plans of earlier versions have one budget for all blocks."""
+    blocks = document.get("blocks") if isinstance(document, dict) else None
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        return document  # which is refused where fields are checked
+    whole = {"budget_bytes": document.get("budget_bytes")}
+    return {**document, "blocks": [{**whole, **block} for block in blocks]}

@@ -5,10 +5,11 @@ Ray would retry with the same resources, so the decision is made here, with a bu
 
 import enum
 
-from nf_pipeline.errors import OutOfBudget, WorkerLost
+from nf_pipeline.errors import OutOfBudget, StoreUnreachable, WorkerLost
 
 MAX_WORKERS_LOST = 4
 MAX_TIMES_OUT_OF_BUDGET = 3
+MAX_TIMES_UNREACHABLE = 4
 
 
 class Decision(enum.Enum):
@@ -22,11 +23,14 @@ class Decision(enum.Enum):
 def decide(error: BaseException, failures: int) -> Decision:
     """Decides from the error and how often this kind of error has ended an attempt, this time included.
 
-    A lost worker says nothing about the work: retry. Too much memory would happen again: retry smaller.
-    Everything else (bad data, divergence, storage that stayed broken through its own retries) is final. So is an
+    A lost worker says nothing about the work: retry. Nor does a store that is away for the worker: the driver meets
+    it before the next attempt, and waits there or ends. Too much memory would happen again: retry smaller.
+    Everything else (bad data, divergence, a store that refuses) is final. So is an
     input that was given up: the stage must wait until it is written anew, which is not for this table to know.
     """
     if isinstance(error, WorkerLost) and failures < MAX_WORKERS_LOST:
+        return Decision.RETRY
+    if isinstance(error, StoreUnreachable) and failures < MAX_TIMES_UNREACHABLE:
         return Decision.RETRY
     if isinstance(error, OutOfBudget) and failures < MAX_TIMES_OUT_OF_BUDGET:
         return Decision.SHRINK_BATCH

@@ -6,6 +6,7 @@ Knows only text: whether the store or the run exists is somebody else's question
 import re
 
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.redact import redacted
 
 DEFAULT_STORE_URI = "./nf-runs"
 
@@ -30,9 +31,9 @@ def split_run_uri(uri: str) -> tuple[str, str]:
     path = uri[len(scheme) :].rstrip("/")
     parent, slash, name = path.rpartition("/")
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{uri!r} names no run: got {name!r} as its name", _FIX)
+        raise ConfigError(f"{redacted(uri)!r} names no run: got {name!r} as its name", _FIX)
     if scheme and not scheme.startswith("file:") and not parent:
-        raise ConfigError(f"{uri!r} names no run: there is a bucket or a name, not both", _FIX)
+        raise ConfigError(f"{redacted(uri)!r} names no run: there is a bucket or a name, not both", _FIX)
     if not scheme and not slash:
         return DEFAULT_STORE_URI, name
     return scheme + (parent.rstrip("/") or "/"), name

@@ -18,7 +18,11 @@ _FACTORS = {
     "gib": 2**30,
     "tib": 2**40,
 }
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", re.ASCII)
+MAX_BYTES = 2**63 - 1
+"""Largest byte count: what 64 bits hold with a sign, as files and Arrow count."""
+
+_PATTERN = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-zA-Z]*)\s*", re.ASCII)
+_SHOWN_CHARS = 40
 
 
 def parse_bytes(text: str | int) -> int:
@@ -27,15 +31,24 @@ def parse_bytes(text: str | int) -> int:
     kB, MB, GB are powers of 1000; KiB, MiB, GiB and the bare letters K, M, G are powers of 1024.
 
     Raises:
-        ValueError: the text is no number with a known unit, or is less than one byte.
+        ValueError: the text is no number with a known unit, is less than one byte or more than `MAX_BYTES`.
     """
+    if isinstance(text, int) and not isinstance(text, bool):
+        return _in_range(text, f"{text}" if abs(text) <= MAX_BYTES else "a whole number of more than 63 bits")
+    shown = repr(str(text)[:_SHOWN_CHARS])
     match = _PATTERN.fullmatch(str(text))
     factor = _FACTORS.get(match.group(2).lower()) if match else None
     if match is None or factor is None:
-        raise ValueError(f"got {text!r}, want a size such as '300MiB', '6GiB' or a count of bytes")
-    num_bytes = int(float(match.group(1)) * factor) if "." in match.group(1) else int(match.group(1)) * factor
+        raise ValueError(f"got {shown}, want a size such as '300MiB', '6GiB' or a count of bytes")
+    number = float(match.group(1)) if "." in match.group(1) else int(match.group(1))
+    return _in_range(int(number * factor), shown)
+
+
+def _in_range(num_bytes: int, shown: str) -> int:
     if num_bytes < 1:
-        raise ValueError(f"got {text!r}, want at least 1 byte")
+        raise ValueError(f"got {shown}, want at least 1 byte")
+    if num_bytes > MAX_BYTES:
+        raise ValueError(f"got {shown}, want at most {MAX_BYTES} bytes (8 EiB)")
     return num_bytes
 
 

@@ -271,3 +271,15 @@ def _end(how: str) -> None:
     if how == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     raise Diverged("block-003", "the loss is NaN")
+
+
+def listening_addresses(gang: Gang) -> list[str]:
+    """Joins, exchanges a number and returns the addresses that this member listens on meanwhile."""
+    import psutil
+
+    with Replicas("block-000", gang, torch.device("cpu"), join_timeout_s=60.0) as replicas:
+        assert replicas.total([1]) == [gang.size]
+        connections = psutil.Process().net_connections(kind="inet")
+        addresses = [socket.laddr.ip for socket in connections if socket.status == psutil.CONN_LISTEN]
+        replicas.barrier()
+    return addresses

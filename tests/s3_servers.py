@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -116,12 +117,19 @@ def minio_server(folder: Path, juicefs: str) -> Iterator[S3Server]:
 
 
 @contextlib.contextmanager
-def moto_server(folder: Path) -> Iterator[S3Server]:
-    """Runs moto's server, which keeps objects in memory and honours conditional writes."""
+def moto_server(folder: Path, *, certificate: Path | None = None) -> Iterator[S3Server]:
+    """Runs moto's server, which keeps objects in memory and honours conditional writes.
+
+    Args:
+        folder: for its log.
+        certificate: PEM with private key and chain; the server then speaks TLS.
+    """
     port = _free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    if certificate is not None:
+        command += ["--ssl-cert", str(certificate), "--ssl-key", str(certificate)]
     with _running(command, dict(os.environ), folder / "server.log") as process:
-        endpoint = f"http://127.0.0.1:{port}"
+        endpoint = f"{'http' if certificate is None else 'https'}://127.0.0.1:{port}"
         _wait_until_ready(process, f"{endpoint}/moto-api/", folder / "server.log")
         yield S3Server(
             endpoint=endpoint,
@@ -168,7 +176,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    anybody = ssl._create_unverified_context()
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=anybody)
+    )
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(urllib.error.URLError, OSError), direct.open(url, timeout=2.0):

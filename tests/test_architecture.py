@@ -17,6 +17,7 @@ LEVELS = {
     "nf_pipeline.units": 0,
     "nf_pipeline.errors": 0,
     "nf_pipeline.config": 0,
+    "nf_pipeline.documents": 0,
     "nf_pipeline.dtypes": 0,
     "nf_pipeline.events": 0,
     "nf_pipeline.plans": 0,
@@ -26,6 +27,7 @@ LEVELS = {
     "nf_pipeline.gpus": 0,
     "nf_pipeline.worker_resources": 0,
     "nf_pipeline.trust": 0,
+    "nf_pipeline.redact": 0,
     "nf_pipeline.retry": 1,
     "nf_pipeline.core": 1,
     "nf_pipeline.storage": 1,
@@ -64,7 +66,18 @@ WITHOUT = {
 }
 
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "manager"}
-CODE_LOADERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+CODE_LOADERS = {
+    *("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "dbm"),
+    *("yaml", "jsonpickle", "multiprocessing", "runpy", "code", "codeop"),
+}
+CODE_RUNNING = {"eval", "exec", "compile", "__import__"}
+CODE_LOADING = {
+    *("torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "torch.export.load", "torch.package"),
+    *("pd.read_pickle", "pandas.read_pickle", "pd.eval", "pandas.eval", "np.lib.format", "pa.serialization"),
+    *("pa.PyExtensionType", "pa.register_extension_type", "pa.UnknownExtensionType"),
+    *("builtins.eval", "builtins.exec", "os.system", "os.popen"),
+    "importlib.util.spec_from_file_location",
+}
 
 
 def module_name(path: Path) -> str:
@@ -158,16 +171,12 @@ def code_loaders(module: str, source: str) -> list[str]:
         f"{module} imports {name}" for name, _ in imports_of(module, source) if name.partition(".")[0] in CODE_LOADERS
     ]
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in {
-            "torch.load",
-            "torch.save",
-            "torch.jit.load",
-        }:
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in CODE_LOADING:
             found.append(f"{module}:{node.lineno} uses {ast.unparse(node)}")
         elif isinstance(node, ast.ImportFrom) and node.module == "torch":
             found += [f"{module} imports torch.{a.name}" for a in node.names if a.name in {"load", "save"}]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"}:
-            found.append(f"{module}:{node.lineno} calls {node.func.id}")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in CODE_RUNNING:
+            found.append(f"{module}:{node.lineno} calls {ast.unparse(node.func)}")
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
             found.append(f"{module}:{node.value.lineno} allows pickle")
     return found
@@ -211,6 +220,10 @@ def test_package_breaks_no_rule(check):
         (code_loaders, "nf_pipeline.worker.checkpoint", "from torch import load"),
         (code_loaders, "nf_pipeline.storage.shards", "import numpy as np\nnp.load('f', allow_pickle=True)"),
         (code_loaders, "nf_pipeline.config", "eval('1')"),
+        (code_loaders, "nf_pipeline.config", "import yaml"),
+        (code_loaders, "nf_pipeline.data.parquet", "import pandas as pd\npd.read_pickle('f')"),
+        (code_loaders, "nf_pipeline.data.parquet", "import pyarrow as pa\npa.register_extension_type(T())"),
+        (code_loaders, "nf_pipeline.model_files", "from multiprocessing import Pool"),
         (banned_names, "nf_pipeline.core.tensor_utils", ""),
         (banned_names, "nf_pipeline.driver.run", "class RunManager:\n    pass"),
     ],

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from nf_pipeline.config import RunConfig, field_names, resolve_config
+from nf_pipeline.config import RunConfig, field_names, images_config, resolve_config
 from nf_pipeline.errors import ConfigError
 
 BUDGET = {"memory.budget_bytes": "2MiB"}
@@ -90,12 +90,13 @@ def test_fingerprint_ignores_where_a_run_is_stored_and_executed() -> None:
             "storage.uri": "s3://b/p",
             "cluster.executor": "inline",
             "data.decode_threads": 9,
+            "storage.keep_activations": "none",
         }
     )
     assert moved.fingerprint == base.fingerprint
 
 
-CANNOT_CHANGE_THE_RESULT = ("run", "cluster", "storage.uri", "data.decode_threads")
+CANNOT_CHANGE_THE_RESULT = ("run", "cluster", "storage.uri", "data.decode_threads", "storage.keep_activations")
 
 
 @pytest.mark.parametrize("name", [n for n in field_names() if not n.startswith(CANNOT_CHANGE_THE_RESULT)])
@@ -144,3 +145,12 @@ def test_every_field_is_documented() -> None:
     for section in RunConfig.model_fields.values():
         fields = getattr(section.annotation, "model_fields", {"itself": section})
         assert all(field.description for name, field in fields.items() if name != "itself")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"source": "s3://user:secret@bucket/x"}, {"source": "x", "image_size": 0}, {"source": ""}]
+)
+def test_images_to_read_are_checked_like_those_to_train_on(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.(source|image_size)") as caught:
+        images_config(**settings)
+    assert "secret" not in str(caught.value)

@@ -9,10 +9,13 @@ EXAMPLES = [
     errors.ConfigError("train.lr: got -1, want more than 0", "change train.lr"),
     errors.DataError("row 17 of a.parquet: no image", "--on-bad-image skip"),
     errors.RunConflict("run 'a' has another configuration", "another --run"),
+    errors.RunLocked("run 'a' is being trained by host:7", "wait for it"),
     errors.PlanError("features.0", 4 * 2**20, 2**20, 5 * 2**20),
     errors.StorageError("disk full", "/data", "free some space"),
+    errors.StoreUnreachable("503", "s3://bucket", "check the server"),
     errors.ObjectMissing("no manifest", "s3://bucket"),
     errors.ObjectCorrupt("wrong checksum", "s3://bucket", "resume"),
+    errors.StageOutdated("other input", "s3://bucket", "repair", "run/blocks/001/manifest.json"),
     errors.AlreadyExists("manifest is there", "/data"),
     errors.BlockError("block-001", "stopped", "try again"),
     errors.OutOfBudget("block-001", "peak 3 MiB, budget 2 MiB", "raise the budget"),
@@ -20,6 +23,7 @@ EXAMPLES = [
     errors.WorkerLost("block-001", "WorkerCrashedError", ""),
     errors.InputReplaced("block-002", "attempt 1f2e gave way to attempt 3d4c", ""),
     errors.StageStopped("block-001 was stopped"),
+    errors.RunInterrupted("stopped as asked"),
     errors.NFError("base"),
     errors.InternalError("a bug"),
 ]
@@ -46,6 +50,6 @@ def test_plan_error_names_layer_need_budget_and_smallest_budget() -> None:
     assert f"--memory-budget {5 * 2**20}" in text
 
 
-@pytest.mark.parametrize("error", EXAMPLES[:-2], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", EXAMPLES[:-3], ids=lambda error: type(error).__name__)
 def test_documented_errors_have_a_documented_exit_code(error: errors.NFError) -> None:
     assert error.exit_code in (2, 3, 4, 5)

@@ -1,9 +1,20 @@
 import pytest
 
-from nf_pipeline.errors import ConfigError, Diverged, NFError, ObjectCorrupt, OutOfBudget, PlanError, WorkerLost
+from nf_pipeline.errors import (
+    ConfigError,
+    Diverged,
+    NFError,
+    ObjectCorrupt,
+    OutOfBudget,
+    PlanError,
+    StorageError,
+    StoreUnreachable,
+    WorkerLost,
+)
 from nf_pipeline.retry import Decision, decide, shrink_batch
 
 LOST = WorkerLost("block-000", "died")
+AWAY = StoreUnreachable("cannot read a: 503")
 TOO_BIG = OutOfBudget("block-000", "peak over budget")
 
 
@@ -13,6 +24,10 @@ TOO_BIG = OutOfBudget("block-000", "peak over budget")
         (LOST, 1, Decision.RETRY),
         (LOST, 3, Decision.RETRY),
         (LOST, 4, Decision.RAISE),
+        (AWAY, 1, Decision.RETRY),
+        (AWAY, 3, Decision.RETRY),
+        (AWAY, 4, Decision.RAISE),
+        (StorageError("disk full"), 1, Decision.RAISE),
         (TOO_BIG, 1, Decision.SHRINK_BATCH),
         (TOO_BIG, 2, Decision.SHRINK_BATCH),
         (TOO_BIG, 3, Decision.RAISE),

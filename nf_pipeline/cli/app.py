@@ -12,9 +12,10 @@ import click
 from nf_pipeline.cli.cluster_commands import submit_command, worker_resources_command
 from nf_pipeline.cli.model_commands import evaluate_command, export_command, predict_command
 from nf_pipeline.cli.options import Session, debug_option
-from nf_pipeline.cli.store_commands import doctor_command, gc_command, status_command
+from nf_pipeline.cli.store_commands import doctor_command, gc_command, status_command, verify_command
 from nf_pipeline.cli.train_commands import plan_command, resume_command, train_command
 from nf_pipeline.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, InternalError, NFError
+from nf_pipeline.redact import redacted
 
 PROGRAM = "nf-pipeline"
 
@@ -59,6 +60,7 @@ for command in (
     predict_command,
     export_command,
     doctor_command,
+    verify_command,
     gc_command,
 ):
     command_line.add_command(command)
@@ -83,12 +85,12 @@ def run_command_line(argv: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception, session: Session) -> int:
     if session.debug:
-        traceback.print_exception(error)
+        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr)
     exit_code = error.exit_code if isinstance(error, NFError) else EXIT_INTERNAL
     if isinstance(error, NFError) and not isinstance(error, InternalError):
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {redacted(str(error))}", file=sys.stderr)
         return exit_code
-    print(f"Internal error: {type(error).__name__}: {error}", file=sys.stderr)
+    print(f"Internal error: {type(error).__name__}: {redacted(str(error))}", file=sys.stderr)
     if not session.debug:
         print("Fix: run the command again with --debug and report the traceback", file=sys.stderr)
     return exit_code

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="NAME",
     help="Hand this variable of your environment on to the job; may be repeated. Ray shows the environment of jobs "
-    "to everybody who may use its API: credentials are better configured on the cluster.",
+    "to everybody who may use its API: credentials are refused, they are configured on the cluster.",
 )
 @click.option(
     "--working-dir",

@@ -17,7 +17,7 @@ import click
 from nf_pipeline.driver.stop_request import StopRequest
 from nf_pipeline.errors import EXIT_INTERRUPTED, RunInterrupted
 
-_FINISHING = b"\nfinishing the epoch that is being trained; Ctrl-C again stops at once\n"
+_FINISHING = b"\nstopping when the epochs that are being trained are finished; Ctrl-C again stops at once\n"
 _SIGNALS = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
@@ -29,13 +29,13 @@ class Interrupted(click.ClickException):
     """The user ended the run; what is stored is enough to continue.
 
     Args:
-        run_uri: STORE/NAME of the run.
+        command: that continues it.
     """
 
     exit_code = EXIT_INTERRUPTED
 
-    def __init__(self, run_uri: str) -> None:
-        super().__init__(f"interrupted; continue with: nf-pipeline resume {run_uri}")
+    def __init__(self, command: str) -> None:
+        super().__init__(f"interrupted; continue with: {command}")
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Prints the text without click's "Error:"; nothing went wrong."""
@@ -43,14 +43,14 @@ class Interrupted(click.ClickException):
 
 
 @contextmanager
-def interruptible(run_uri: str, stop: StopRequest) -> Iterator[Callable[[], None]]:
+def interruptible(command: str, stop: StopRequest) -> Iterator[Callable[[], None]]:
     """Turns the signals that ask a run to end into `Interrupted`.
 
     Python drops an exception that strikes in a weak reference's callback or a finaliser, and counting live
     bytes while a block trains runs thousands of those: a Ctrl-C can get lost there. So it is noted as well.
 
     Args:
-        run_uri: STORE/NAME of the run.
+        command: that continues the run.
         stop: asked by the first Ctrl-C.
 
     Yields:
@@ -80,7 +80,7 @@ def interruptible(run_uri: str, stop: StopRequest) -> Iterator[Callable[[], None
     try:
         yield check
     except (KeyboardInterrupt, RunInterrupted):
-        raise Interrupted(run_uri) from None
+        raise Interrupted(command) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -40,10 +40,10 @@ bad_image_option = click.option(
 def evaluate_command(uri: str, data: str, model: str | None, as_json: bool, **settings: Any) -> None:
     """Print the accuracy of every exit of a finished run on labelled images."""
     from nf_pipeline.cli.tables import evaluation_text
-    from nf_pipeline.config import DataConfig
+    from nf_pipeline.config import images_config
     from nf_pipeline.driver.use import evaluate
 
-    rows = evaluate(uri, DataConfig(source=data, **settings), model)
+    rows = evaluate(uri, images_config(source=data, **settings), model)
     print(json.dumps(rows) if as_json else evaluation_text(rows))
 
 

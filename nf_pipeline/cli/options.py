@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nf_pipeline.redact import redacted
+
 if TYPE_CHECKING:
     from nf_pipeline.config import RunConfig
 
@@ -27,6 +29,21 @@ class Session:
     """
 
     debug: bool = False
+
+
+class KeepPolicy(click.ParamType):
+    """What a run keeps of one kind of its objects, typed as "activations=last"; only the policy is handed on."""
+
+    name = "keep"
+    policies = ("all", "last", "none")
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the policy."""
+        kind, _, policy = value.partition("=")
+        if kind != "activations" or policy not in self.policies:
+            wanted = " or ".join(f"activations={policy}" for policy in self.policies)
+            self.fail(f"got {value!r}, want {wanted}", param, ctx)
+        return policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +76,8 @@ class ConfigFlag:
         """Text of --help, with the default."""
         return f"{self.explanation}  [default: {self.default}]" if self.default else self.explanation
 
+
+KEEP_METAVAR = "activations=" + "|".join(KeepPolicy.policies)
 
 CONFIG_FLAGS = (
     ConfigFlag(
@@ -167,6 +186,15 @@ CONFIG_FLAGS = (
         value_type=click.Choice(["auto", "cpu", "cuda"]),
         explanation="Train on this device; auto takes a GPU when there is one.",
     ),
+    ConfigFlag(
+        name="--keep",
+        field="storage.keep_activations",
+        metavar=KEEP_METAVAR,
+        value_type=KeepPolicy(),
+        default="all",
+        explanation="Which blocks' stored activations stay: all, the last ones, or, once the model is finished, "
+        "none; what a block still has to read always stays.",
+    ),
 )
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -224,10 +252,18 @@ def config_from(parameters: Mapping[str, Any]) -> RunConfig:
     )
 
 
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line, and the traceback if there is one, without credentials."""
+        return redacted(super().format(record))
+
+
 def _switch_debug_on(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted and isinstance(context.obj, Session):
         context.obj.debug = True
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        shown = logging.StreamHandler()
+        shown.setFormatter(_WithoutSecrets("%(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(handlers=[shown])
         logging.getLogger("nf_pipeline").setLevel(logging.DEBUG)
 
 
@@ -236,6 +272,12 @@ factory_option = click.option(
     "--model",
     metavar="package.module:factory",
     help="The run's own model factory: code, so it must be named again. Registry models need nothing.",
+)
+keep_option = click.option(
+    "--keep",
+    type=KeepPolicy(),
+    metavar=KEEP_METAVAR,
+    help="Which blocks' stored activations stay, in place of what the run was started with.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress goes to stderr."

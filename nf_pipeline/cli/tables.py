@@ -3,13 +3,14 @@
 Takes plain documents (a plan, summary.json, a status) and returns text; decides nothing and prints nothing.
 A column "exit" is the position in summary.json's exits, counted from 0; the layer's name stands beside it.
 Entry: `plan_text`, `summary_text`, `status_text`, `evaluation_text`, `prediction_text`, `checks_text`,
-`garbage_text`.
+`garbage_text`, `verify_text`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nf_pipeline.cli.run_view import format_duration, format_peak
+from nf_pipeline.driver.garbage import Garbage, by_kind
 from nf_pipeline.plans import BlockPlan, Plan
 from nf_pipeline.units import format_bytes
 
@@ -60,8 +61,12 @@ def plan_text(plan: Plan, placement: Mapping[str, Any]) -> str:
         f"placement: {_how(placement)} {_where(placement)}, device {placement['device']}; "
         f"activations {format_bytes(shards)} in all; profiled in {plan.profile_s:.1f} s"
     )
+    buffers = (
+        f"host memory of a worker: up to {format_bytes(placement['host_buffer_bytes'])} to read and write shards "
+        "(--set storage.shard_bytes=SIZE), on top of what training and its libraries take"
+    )
     reasons = [f"block {block.block_idx + 1}: {block.reason}" for block in plan.blocks]
-    return "\n".join([head, "", table, "", *reasons, "", foot])
+    return "\n".join([head, "", table, "", *reasons, "", foot, buffers])
 
 
 def summary_text(summary: Mapping[str, Any], run_uri: str) -> str:
@@ -139,12 +144,45 @@ def checks_text(checks: Sequence[Any]) -> str:
     return "\n".join(lines)
 
 
-def garbage_text(objects: Sequence[tuple[str, int]], *, dry_run: bool) -> str:
-    """Lists the objects that `gc` deleted, or would delete, and their bytes."""
-    total = format_bytes(sum(num_bytes for _, num_bytes in objects))
-    lines = [f"{format_bytes(num_bytes):>10}  {key}" for key, num_bytes in objects]
+def garbage_text(garbage: Sequence[Garbage], *, dry_run: bool) -> str:
+    """Lists what `gc` deleted, or would delete, and its bytes, altogether and by kind."""
+    total = format_bytes(sum(item.num_bytes for item in garbage))
+    lines = [f"{format_bytes(item.num_bytes):>10}  {item.key}" for item in garbage]
+    kinds = [f"{count} {kind} ({format_bytes(size)})" for kind, count, size in by_kind(garbage)]
     verb = "would delete" if dry_run else "deleted"
-    return "\n".join([*lines, f"{verb} {len(objects)} objects, {total}"])
+    line = f"{verb} {len(garbage)} objects, {total}"
+    return "\n".join([*lines, f"{line}: {', '.join(kinds)}" if kinds else line])
+
+
+def verify_text(report: Mapping[str, Any]) -> str:
+    """Lists the stages of a run that was verified, then every damaged object, then what to do.
+
+    Args:
+        report: fields of `nf_pipeline.driver.verify.VerifyReport`.
+    """
+    rows = [
+        [stage["stage"], stage["state"], f"{stage['num_objects']:,}", format_bytes(stage["num_bytes"])]
+        for stage in report["stages"]
+    ]
+    lines = [align(["stage", "state", "objects", "bytes"], rows), ""]
+    lines += [f"{problem['stage']}: {problem['what']}" for problem in report["problems"]]
+    num_unreadable = sum(problem["is_unreadable"] for problem in report["problems"])
+    num_damaged = len(report["problems"]) - num_unreadable
+    if num_unreadable:
+        lines += [
+            "",
+            f"{num_unreadable} cannot be read and may be whole: see to the store, then verify again",
+        ]
+    if num_damaged:
+        lines += ["", f"{num_damaged} damaged; to repair: nf-pipeline resume {report['uri']} --repair"]
+    if not report["problems"]:
+        lines.append("whole: every byte is as it was written")
+    if report["problems"] and report["holder"]:
+        lines.append(f"{report['holder']} works on the run: verify again when it has ended")
+    if report["num_leftovers"]:
+        size = format_bytes(report["leftover_bytes"])
+        lines.append(f"{report['num_leftovers']} objects, {size}, are not needed: nf-pipeline gc {report['uri']}")
+    return "\n".join(lines)
 
 
 def _how(placement: Mapping[str, Any]) -> str:

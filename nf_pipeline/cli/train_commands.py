@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from nf_pipeline.cli.options import (
     debug_option,
     factory_option,
     json_option,
+    keep_option,
     quiet_option,
     run_argument,
 )
@@ -73,7 +75,7 @@ def train_command(*, as_json: bool, quiet: bool, **given: Any) -> None:
     run_uri = join_run_uri(config.storage.uri, config.run)
     from nf_pipeline.driver.run import train
 
-    with _displayed(run_uri, quiet=quiet) as (progress, stop):
+    with _displayed(run_uri, config.model.name, quiet=quiet) as (progress, stop):
         summary = train(config, on_event=progress, stop=stop)
     _print_summary(summary, run_uri, as_json=as_json)
 
@@ -93,6 +95,10 @@ def train_command(*, as_json: bool, quiet: bool, **given: Any) -> None:
     metavar="cluster.FIELD=VALUE",
     help="Change any setting of where it runs, such as cluster.placement_timeout_s=300; may be repeated.",
 )
+@click.option(
+    "--repair", is_flag=True, help="Read every byte first; run exactly the stages again that made damaged objects."
+)
+@keep_option
 @factory_option
 @json_option
 @quiet_option
@@ -102,6 +108,8 @@ def resume_command(
     executor: str | None,
     address: str | None,
     assignments: tuple[str, ...],
+    repair: bool,
+    keep: str | None,
     model: str | None,
     as_json: bool,
     quiet: bool,
@@ -109,26 +117,29 @@ def resume_command(
     """Continue a run that was stopped, with the configuration stored in it.
 
     Finished stages are verified and skipped; a half-trained block continues from its last epoch. Only where it
-    runs can be changed: --executor, --address, --set cluster.FIELD=VALUE.
+    runs, and what it keeps, can be changed: --executor, --address, --set cluster.FIELD=VALUE, --keep.
     """
     cluster = _cluster_changes(assignments, {"cluster.executor": executor, "cluster.address": address})
     from nf_pipeline.driver.run import resume
 
-    with _displayed(uri, quiet=quiet) as (progress, stop):
-        summary = resume(uri, on_event=progress, cluster=cluster, model=model, stop=stop)
+    with _displayed(uri, model, quiet=quiet, is_repair=repair) as (progress, stop):
+        summary = resume(uri, on_event=progress, cluster=cluster, keep=keep, model=model, stop=stop, repair=repair)
     _print_summary(summary, uri, as_json=as_json)
 
 
 @contextmanager
-def _displayed(run_uri: str, *, quiet: bool) -> Iterator[tuple[Callable[[Event], None], StopRequest]]:
+def _displayed(
+    run_uri: str, model: str | None, *, quiet: bool, is_repair: bool = False
+) -> Iterator[tuple[Callable[[Event], None], StopRequest]]:
     from nf_pipeline.cli.progress import open_progress
     from nf_pipeline.driver.status import read_plan
     from nf_pipeline.driver.stop_request import StopRequest
 
     stop = StopRequest()
-    display = open_progress(sys.stderr, plan=read_plan(run_uri), quiet=quiet)
+    plan = None if is_repair else read_plan(run_uri)  # it may be what is to be repaired
+    display = open_progress(sys.stderr, plan=plan, quiet=quiet)
     try:
-        with interruptible(run_uri, stop) as check:
+        with interruptible(_continuing(run_uri, model, is_repair), stop) as check:
 
             def listen(event: Event) -> None:
                 check()
@@ -137,6 +148,13 @@ def _displayed(run_uri: str, *, quiet: bool) -> Iterator[tuple[Callable[[Event],
             yield listen, stop
     finally:
         display.close()
+
+
+def _continuing(run_uri: str, model: str | None, is_repair: bool) -> str:
+    words = ["nf-pipeline", "resume", run_uri]
+    if model is not None and ":" in model:  # a factory is imported only if it is named again
+        words += ["--model", model]
+    return shlex.join([*words, "--repair"] if is_repair else words)
 
 
 def _cluster_changes(assignments: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from nf_pipeline.core.cut_points import Piece, find_cuts
 from nf_pipeline.core.probe import has_values, probe_input, run_probe
 from nf_pipeline.core.trace import BY_HAND, mode_of, trace_model
+from nf_pipeline.core.user_code import user_code
 from nf_pipeline.errors import ConfigError
 
 
@@ -52,10 +53,12 @@ def cut(model: nn.Module, image_shape: tuple[int, int, int]) -> CutModel:
         ConfigError: the model cannot be cut, a weight would belong to two layers, or the layers compute
             something else than the model.
     """
-    if hasattr(model, "nf_layers"):
-        names, modules = _layers_by_hand(model)
-    else:
-        names, modules = _layers_by_trace(model)
+    with user_code(f"model {type(model).__name__} cannot be cut into layers", BY_HAND):
+        return _cut(model, image_shape)
+
+
+def _cut(model: nn.Module, image_shape: tuple[int, int, int]) -> CutModel:
+    names, modules = _layers_by_hand(model) if hasattr(model, "nf_layers") else _layers_by_trace(model)
     _check_nothing_shared(names, modules)
     out_shapes = _probe(model, names, modules, image_shape)
     return CutModel(
@@ -82,7 +85,8 @@ def _build_piece(model: nn.Module, piece: Piece) -> fx.GraphModule:
 
 
 def _layers_by_hand(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
-    modules = model.nf_layers()
+    with user_code(f"{type(model).__name__}.nf_layers fails", BY_HAND):
+        modules = model.nf_layers()
     if not isinstance(modules, Sequence | nn.Sequential | nn.ModuleList) or not all(
         isinstance(module, nn.Module) for module in modules
     ):

@@ -18,8 +18,9 @@ from torchvision.models import mobilenet_v2, resnet18, resnet34, resnet50
 from torchvision.models.vgg import cfgs as vgg_configs
 from torchvision.models.vgg import make_layers as make_vgg_layers
 
-from nf_pipeline.core.probe import probe_input, run_probe
+from nf_pipeline.core.probe import has_values, probe_input, run_probe
 from nf_pipeline.core.trace import mode_of
+from nf_pipeline.core.user_code import HostLimit, user_code
 from nf_pipeline.errors import ConfigError
 
 # Up to this many pixels a stem that quarters the image at once would throw most of it away.
@@ -60,10 +61,12 @@ def build_model(name: str, *, image_shape: tuple[int, int, int], num_classes: in
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if ":" in name:
-            return _build_by_factory(name, image_shape, num_classes)
+            with user_code(f"--model {name}", "change the model"):
+                return _build_by_factory(name, image_shape, num_classes)
         entry = _find_entry(name)
         _check_size(name, entry, image_shape)
-        return entry.build(image_shape, num_classes)
+        with HostLimit():
+            return entry.build(image_shape, num_classes)
 
 
 def suggest_model(image_shape: tuple[int, int, int], num_train: int) -> str:
@@ -205,29 +208,23 @@ def _build_by_factory(name: str, image_shape: tuple[int, int, int], num_classes:
 
 def _import_factory(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
-    try:
+    fix = f"check the name; {module_name} must be installed or found along PYTHONPATH"
+    with user_code(f"--model {name}: cannot be imported", fix):
         factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # importing runs the user's code, which can fail in any way
+    # No built-in function makes a model, and some do harm without any argument: os:abort, os:fork, builtins:input.
+    if not callable(factory) or inspect.isbuiltin(factory):
+        kind = "a built-in function" if callable(factory) else type(factory).__name__
         raise ConfigError(
-            f"--model {name}: cannot be imported: {type(error).__name__}: {error}",
-            f"check the name; {module_name} must be installed or found along PYTHONPATH",
-        ) from error
-    if not callable(factory):
-        raise ConfigError(
-            f"--model {name}: got {type(factory).__name__}, want a function that returns a torch.nn.Module",
+            f"--model {name}: got {kind}, want a function or class of yours that returns a torch.nn.Module",
             "give the name of a factory",
         )
     return factory
 
 
 def _call_factory(name: str, factory: Callable[..., Any], offered: dict[str, Any]) -> Any:
-    try:
+    fix = f"it is called with those of {', '.join(offered)} that it accepts"
+    with user_code(f"--model {name}: the factory fails", fix), HostLimit():
         return factory(**_accepted(factory, offered))
-    except Exception as error:  # the user's code can fail in any way
-        raise ConfigError(
-            f"--model {name}: the factory fails: {type(error).__name__}: {error}",
-            f"it is called with those of {', '.join(offered)} that it accepts",
-        ) from error
 
 
 def _accepted(factory: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +242,10 @@ def _check_outputs(name: str, model: nn.Module, image_shape: tuple[int, int, int
             f"--model {name}: got outputs of shape {tuple(logits_NK.shape[1:])}, want ({num_classes},): "
             f"one per class",
             "let the factory take num_classes and use it for the last layer",
+        )
+    if has_values(logits_NK) and not logits_NK.isfinite().all():
+        raise ConfigError(
+            f"--model {name}: its outputs for random images are not finite", "give its weights finite values"
         )
 
 

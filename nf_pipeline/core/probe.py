@@ -4,14 +4,33 @@ Works for real, fake and meta weights; the samples are made where the weights ar
 `run_probe`.
 """
 
+import contextlib
+import copy
+from typing import TypeVar
+
 import torch
 from torch import nn
 
 # Private, but the only way to tell weights that were built under FakeTensorMode.
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 
+from nf_pipeline.core.memory import LiveBytes
+from nf_pipeline.core.user_code import check_host_memory, user_code
 from nf_pipeline.errors import ConfigError
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+UNTRACEABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+"""What fake tensors raise for operators that need values, not only shapes."""
+
+# Two samples of so many bytes (600x600 pixels of colour) cannot exhaust a machine: the check would cost more.
+_CHECKED_BYTES = 8 * 2**20
 # With a single sample, an operation that mixes up the batch dimension could pass.
 _NUM_SAMPLES = 2
 
@@ -37,23 +56,43 @@ def run_probe(what: str, module: nn.Module, x_NCHW: torch.Tensor) -> torch.Tenso
         what: names the module in errors.
 
     Raises:
-        ConfigError: it fails, or returns anything but one tensor with a row per sample.
+        ConfigError: it fails, returns anything but one float32 tensor with a row per sample, or would need more
+            memory than this machine has.
     """
-    try:
+    where = f"{what} fails on an input of shape {tuple(x_NCHW.shape)}"
+    with user_code(where, "change the model, or the size of the images with --image-size"):
+        if x_NCHW.nbytes > _CHECKED_BYTES and has_values(x_NCHW):
+            check_host_memory(_forward_bytes(module, x_NCHW), "its activations take")
         out = module(x_NCHW)
-    except Exception as error:  # the user's code can fail in any way
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ConfigError(
-            f"{what} fails on an input of shape {tuple(x_NCHW.shape)}: {reason}",
-            "change the model, or the size of the images with --image-size",
-        ) from error
     if not isinstance(out, torch.Tensor) or out.dim() < 2 or out.shape[0] != _NUM_SAMPLES:
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise ConfigError(
             f"{what} returns {got} for {_NUM_SAMPLES} samples, want one tensor with a row per sample",
             "return one tensor, the logits at the end",
         )
+    if out.dtype != torch.float32:
+        raise ConfigError(f"{what} returns {out.dtype}, want torch.float32", "convert its result with .float()")
     return out
+
+
+def _forward_bytes(module: nn.Module, x_NCHW: torch.Tensor) -> int:
+    """Returns the most bytes that the pass holds at once, counted on fake tensors; 0 where these do not work."""
+    meter = LiveBytes(torch.device("cpu"))
+    # What fails on fake tensors only is tried as it is.
+    with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True) as fakes, meter:
+        fake_copy(module, fakes)(fakes.from_tensor(x_NCHW))
+    return meter.peak_bytes
+
+
+def fake_copy(module: ModuleT, fakes: FakeTensorMode) -> ModuleT:
+    """Copies a module with fake weights and buffers: deepcopy finds them in its memo, no data is copied."""
+    memo: dict[int, object] = {}
+    for buffer in module.buffers():
+        memo[id(buffer)] = fakes.from_tensor(buffer)
+    for parameter in module.parameters():
+        fake = fakes.from_tensor(parameter.detach())
+        memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(module, memo)
 
 
 def has_values(tensor: torch.Tensor) -> bool:

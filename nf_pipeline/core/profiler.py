@@ -17,29 +17,24 @@ import contextlib
 import copy
 import gc
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.memory import measure_peak, total_bytes
+from nf_pipeline.core.probe import UNTRACEABLE, fake_copy
 from nf_pipeline.core.train_step import make_optimizer, train_step
+from nf_pipeline.core.user_code import user_code
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.plans import UnitProfile
 
 Shape = tuple[int, ...]
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_UNTRACEABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+_FIX_STEP = "change the model: its layers must train on any batch of two samples or more"
 
 
 class StepProbe:
@@ -91,7 +86,7 @@ class StepProbe:
     def _settle(self, units: Sequence[LocalUnit], train: TrainConfig) -> int:
         """Makes copies, optimisers and momentum and returns their bytes; keeps nothing that does not fit."""
         with contextlib.suppress(torch.OutOfMemoryError):
-            with self._on_fakes():
+            with self._on_fakes(), user_code("model: its layers cannot be made ready to train", _FIX_STEP):
                 self._units = [self._copy(unit).train() for unit in units]
                 self._optimizers = [make_optimizer(unit, train, train.lr) for unit in self._units]
             self._meter.track(*self._units)
@@ -108,7 +103,11 @@ class StepProbe:
 
     def _step(self, batch_size: int) -> list[torch.Tensor]:
         try:
-            with self._on_fakes(), self._meter:
+            with (
+                user_code(f"model: a training step of batch {batch_size} fails", _FIX_STEP),
+                self._on_fakes(),
+                self._meter,
+            ):
                 # The batch has no name here: `train_step` frees it after the first unit.
                 return train_step(
                     self._units,
@@ -117,16 +116,19 @@ class StepProbe:
                     torch.zeros(batch_size, dtype=torch.int64, device=self._device),
                     self._precision,
                 )
-        except _UNTRACEABLE as error:
+        except ConfigError as error:
+            if not isinstance(error.__cause__, UNTRACEABLE):
+                raise
             raise ConfigError(
-                f"model: its memory cannot be predicted, an operator needs values, not only shapes: {error}",
+                "model: its memory cannot be predicted, an operator needs values, not only shapes: "
+                f"{error.__cause__}",
                 "remove data-dependent operators (such as nonzero or item) from the model",
-            ) from error
+            ) from error.__cause__
 
     def _copy(self, unit: LocalUnit) -> LocalUnit:
         if self._fakes is None:
             return copy.deepcopy(unit).to(self._device)
-        return _fake_copy(unit, self._fakes)
+        return fake_copy(unit, self._fakes)
 
     def _on_fakes(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._fakes is None else self._fakes
@@ -221,11 +223,14 @@ def forward_flops(modules: Sequence[nn.Module], in_shape: Shape) -> list[int]:
         in_shape: of one sample at the first.
     """
     counts = []
-    with FakeTensorMode(allow_non_fake_inputs=True) as fakes, torch.no_grad():
+    failure = user_code(
+        "model: a forward pass of one sample fails", "change the model: every layer must take any batch"
+    )
+    with failure, FakeTensorMode(allow_non_fake_inputs=True) as fakes, torch.no_grad():
         value = torch.zeros(1, *in_shape)
         for module in modules:
             with FlopCounterMode(display=False) as counter:
-                value = _fake_copy(module, fakes).eval()(value)
+                value = fake_copy(module, fakes).eval()(value)
             counts.append(counter.get_total_flops())
     return counts
 
@@ -242,14 +247,3 @@ def _profile_unit(
     probe = StepProbe([unit], in_shape, train=train, device=device)
     slope, constant = fit_line({batch_size: probe.peak_bytes(batch_size) for batch_size in batch_sizes})
     return slope, constant, probe.resident_bytes
-
-
-def _fake_copy(module: ModuleT, fakes: FakeTensorMode) -> ModuleT:
-    """Copies a module with fake weights and buffers: deepcopy finds them in its memo, no data is copied."""
-    memo: dict[int, object] = {}
-    for buffer in module.buffers():
-        memo[id(buffer)] = fakes.from_tensor(buffer)
-    for parameter in module.parameters():
-        fake = fakes.from_tensor(parameter.detach())
-        memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(module, memo)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from nf_pipeline.core.user_code import user_code
 from nf_pipeline.errors import ConfigError
 
 BY_HAND = (
@@ -78,11 +79,11 @@ class _Tracer(fx.Tracer):
 def _trace(model: nn.Module) -> fx.Graph:
     tracer = _Tracer()
     try:
-        return tracer.trace(model)
-    except Exception as error:  # forward is the user's code: it can fail on a variable in any way
+        with user_code("", BY_HAND):
+            return tracer.trace(model)
+    except ConfigError as error:
         where = _describe(model, next(reversed(tracer.module_stack.values()), ("",))[0])
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"{where} cannot be cut: {type(error).__name__}: {reason}", BY_HAND) from error
+        raise ConfigError(f"{where} cannot be cut{error.what}", BY_HAND) from error.__cause__
 
 
 def _check_modes_agree(model: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> None:

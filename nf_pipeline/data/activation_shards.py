@@ -8,16 +8,18 @@ count is what the block's manifest says. Imports Ray Data only in `to_ray`. Entr
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from nf_pipeline.data.base import SPLITS
-from nf_pipeline.errors import ConfigError, DataError, ObjectMissing
+from nf_pipeline.errors import ConfigError, DataError, ObjectCorrupt, ObjectMissing
 from nf_pipeline.run_uri import join_run_uri, split_run_uri
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import read_manifest
-from nf_pipeline.storage.shards import TensorSpec
+from nf_pipeline.storage.manifest import read_manifest, verify_manifest
+from nf_pipeline.storage.sealed import repair_fix
+from nf_pipeline.storage.shards import RELEASED_FIX, TensorSpec, read_shard
 from nf_pipeline.storage.store import open_store
 
 COLUMN = "tensor"
@@ -39,7 +41,8 @@ class ActivationShards:
         num_rows: samples.
 
     Raises:
-        ObjectMissing: the block is not finished.
+        ObjectMissing: the block is not finished, or its activations were released.
+        ObjectCorrupt: a shard is missing or has another size; `verify` compares every byte.
         ConfigError: no such split, or a block that stores no activations.
     """
 
@@ -58,12 +61,32 @@ class ActivationShards:
                 f"block {block_idx} of run {run!r} stores no activations of split {split}, it has: {stored}",
                 "choose a split that is stored, of a block before the last one",
             )
+        if manifest.is_released:
+            what = f"the activations of block {block_idx} of run {run!r} were released when they had been read"
+            raise ObjectMissing(what, store.uri, RELEASED_FIX)
+        named = replace(manifest, shards={split: manifest.shards[split]}, weights=None, objects=())
+        problems = verify_manifest(store, named)
+        if problems:
+            raise ObjectCorrupt(f"block {block_idx}: {'; '.join(problems[:3])}", store.uri, repair_fix(store, run))
         self.spec: TensorSpec = manifest.spec
+        self._store_uri, self._shards = store.uri, manifest.shards[split]
         self.paths = [join_run_uri(store.uri, shard.key) for shard in manifest.shards[split]]
         self.num_rows = manifest.num_rows(split)
 
     def __repr__(self) -> str:
         return f"ActivationShards({len(self.paths)} shards, {self.num_rows} rows of {self.spec})"
+
+    def verify(self) -> None:
+        """Reads every shard and compares it with what the block's manifest says.
+
+        Who reads the Parquet files with other libraries has their page checksums only.
+
+        Raises:
+            ObjectMissing, ObjectCorrupt: a shard is damaged; names it.
+        """
+        store = open_store(self._store_uri)
+        for shard in self._shards:
+            read_shard(store, shard, self.spec)
 
     def decode(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Turns the bytes of a numpy batch into numbers; for `map_batches`.

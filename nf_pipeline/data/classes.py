@@ -10,6 +10,9 @@ import numpy as np
 from nf_pipeline.data.base import Source, Split
 from nf_pipeline.errors import DataError
 
+MAX_NAME_CHARS = 1000
+"""Characters of a class's name: every record of the run repeats all names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
@@ -43,6 +46,13 @@ def read_labels(source: Source) -> Labels:
     _check_train_has_all(source, by_split, names)
     if len(names) < 2:
         raise DataError(f"{source.name}: got 1 class, want at least 2", "a data set with two or more classes")
+    longest = max(names, key=len)
+    if len(longest) > MAX_NAME_CHARS:
+        raise DataError(
+            f"{source.name}: the class name {longest[:40]!r}... has {len(longest)} characters, want at most "
+            f"{MAX_NAME_CHARS}",
+            "name the classes shortly: is this the label column?",
+        )
     return Labels(by_split=by_split, class_names=names)
 
 

@@ -53,6 +53,7 @@ def find_image_column(schema: pa.Schema, given: str | None, file: str) -> str:
             f"{file}: {problem}; it has {_columns(schema)}",
             _FIX_IMAGE,
         )
+    _require(schema, best[0], file, _FIX_IMAGE)
     return best[0]
 
 
@@ -142,11 +143,10 @@ def class_names_of(schema: pa.Schema, label_column: str) -> tuple[str, ...] | No
     text = (schema.metadata or {}).get(b"huggingface")
     try:
         names = json.loads(text)["info"]["features"][label_column]["names"] if text else None
-    except (ValueError, KeyError, TypeError):
+        "".join(names or ()).encode()  # a TypeError for what is no text, a ValueError for what is no UTF-8
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        return None
-    return tuple(names)
+    return tuple(names) if isinstance(names, list) and names else None
 
 
 def _encoded(array: pa.Array) -> Iterator[StoredImage]:
@@ -244,6 +244,8 @@ def _require(schema: pa.Schema, name: str, file: str, fix: str) -> None:
             f"{file}: missing column {name!r}; it has {_columns(schema)}",
             fix,
         )
+    if schema.names.count(name) > 1:
+        raise DataError(f"{file}: {schema.names.count(name)} columns are called {name!r}", "rename all but one")
 
 
 def _columns(schema: pa.Schema) -> str:

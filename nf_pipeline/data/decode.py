@@ -25,6 +25,7 @@ from nf_pipeline.data.base import ImageCell, RawImage, Unusable
 from nf_pipeline.errors import DataError
 
 MAX_PIXELS = 64 * 2**20
+"""Pixels of one image, compared with what its header says before anything is decoded: 256 MiB as RGBA."""
 # Only decoders that neither run programs (EPS starts Ghostscript) nor follow references to other files.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
@@ -34,10 +35,12 @@ _DAMAGED = (
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
-    KeyError,
+    LookupError,
     TypeError,
-    OverflowError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+    MemoryError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

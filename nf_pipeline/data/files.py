@@ -70,7 +70,8 @@ class FileSet:
         """
         try:
             yield
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError) as error:
+        except (pa.ArrowException, ValueError, MemoryError) as error:
+            # ValueError: names and texts that are no UTF-8. MemoryError: a page that claims to be larger than memory.
             raise self._unreadable(file, error) from error
         except _read_errors(self.remote) as error:
             if self.remote:

@@ -106,7 +106,7 @@ def settle_dataset(store: Store, layout: RunLayout, config: RunConfig, dataset: 
             column, or an image that is null.
         StorageError: the copy cannot be written, or somebody else writes one for the same run.
     """
-    is_ours = config.data.source == _dataset_uri(store, layout)
+    is_ours = is_handed_over(store, layout, config)
     if not is_ours or store.size(layout.ingest_manifest) is not None or _is_complete(store, layout):
         return []
     if dataset is None:
@@ -141,6 +141,11 @@ def is_ray_dataset(candidate: Any) -> bool:
         kind.__name__ == "Dataset" and kind.__module__.split(".")[:2] == ["ray", "data"]
         for kind in type(candidate).__mro__
     )
+
+
+def is_handed_over(store: Store, layout: RunLayout, config: RunConfig) -> bool:
+    """Tells whether a run's images came as an object."""
+    return config.data.source == _dataset_uri(store, layout)
 
 
 def _dataset_uri(store: Store, layout: RunLayout) -> str:

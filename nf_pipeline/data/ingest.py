@@ -24,7 +24,7 @@ from nf_pipeline.errors import DataError
 from nf_pipeline.events import Event, Note, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import StageManifest, commit_manifest
+from nf_pipeline.storage.manifest import StageManifest, check_stored, commit_manifest
 from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
 from nf_pipeline.storage.store import Store
 
@@ -39,11 +39,26 @@ def ingest_fingerprint(cfg: RunConfig, source: Source) -> str:
 
     The path is not part of it: data that moved is the same data.
     """
+    return ingest_fingerprint_of(cfg, source_fingerprint(source))
+
+
+def source_fingerprint(source: Source) -> str:
+    """Hashes the data's own facts."""
+    return fingerprint_of(source.describe())
+
+
+def ingest_fingerprint_of(cfg: RunConfig, source: str) -> str:
+    """Hashes what decides the ingested shards, for who has no data any more: see `ingest_fingerprint`.
+
+    Args:
+        cfg: sections data, storage and train.seed are used.
+        source: `source_fingerprint` of the data, as the manifest's facts hold it.
+    """
     settings = cfg.data.model_dump(exclude={"source", "decode_threads"})
     return fingerprint_of(
         {
             "ingest_version": INGEST_VERSION,
-            "source": source.describe(),
+            "source": source,
             "data": settings,
             "seed": cfg.train.seed,
             "shard_bytes": cfg.storage.shard_bytes,
@@ -55,7 +70,7 @@ def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Ite
     """Runs the stage; its shards count from the manifest on, which is written last.
 
     The manifest's facts: dataset, num_classes, class_names, image_shape [C, H, W], mean and std per channel
-    of value / 255 over train, split_rows, num_skipped, skipped (the first 100), source.
+    of value / 255 over train, split_rows, num_skipped, skipped (the first 100), source, source_fingerprint.
 
     Args:
         store: of the run.
@@ -67,6 +82,7 @@ def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Ite
         DataError: the data cannot be used; names file, row and column.
         StorageError: data or store cannot be reached.
         AlreadyExists: another attempt committed first.
+        WorkerLost: this attempt's shards are no longer there.
     """
     started_s = time.monotonic()
     yield StageStarted(stage=STAGE, attempt=attempt, worker=worker_name())
@@ -86,6 +102,7 @@ def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Ite
         shards=written.shards,
         facts=facts,
     )
+    check_stored(store, manifest)
     commit_manifest(store, layout.ingest_manifest, manifest)
     yield StageDone(stage=STAGE, result=facts, seconds=time.monotonic() - started_s)
 
@@ -200,4 +217,5 @@ def _facts(job: Survey, written: _Written) -> dict[str, Any]:
         "num_skipped": job.skipped.num_images,
         "skipped": job.skipped.listed,
         "source": job.cfg.data.source,
+        "source_fingerprint": source_fingerprint(job.source),
     }

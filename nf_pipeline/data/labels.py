@@ -39,14 +39,15 @@ class LabelColumn:
         Raises:
             DataError: a null, or a number beyond 63 bits; names its row.
         """
-        if column.null_count:
-            row = int(np.argmax(pc.is_null(column).to_numpy()))
-            raise DataError(f"{where(row)}: label is null", "give it a label or remove the row")
+        _refuse_null(column, where)
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if is_text(kind):
+            # Stays a dictionary: a long text in every row would take far more memory than it has in the file.
+            encoded = column if pa.types.is_dictionary(column.type) else _as_string(column).dictionary_encode()
+            whole = encoded.unify_dictionaries().combine_chunks()
+            return cls(whole.indices.to_numpy().astype(np.int64), tuple(whole.dictionary.to_pylist()))
         if pa.types.is_dictionary(column.type):
-            column = pc.cast(column, column.type.value_type)
-        if is_text(column.type):
-            encoded = column.dictionary_encode().unify_dictionaries().combine_chunks()
-            return cls(encoded.indices.to_numpy().astype(np.int64), tuple(encoded.dictionary.to_pylist()))
+            column = pc.cast(column, kind)
         try:
             return cls(pc.cast(column, pa.int64()).to_numpy(), None)
         except pa.ArrowInvalid:
@@ -54,6 +55,22 @@ class LabelColumn:
             raise DataError(
                 f"{where(row)}: label {column[row].as_py()} is out of range", "correct or remove the row"
             ) from None
+
+
+def _refuse_null(column: pa.ChunkedArray, where: Where) -> None:
+    # The values of a dictionary can be null as well as the places that point to them.
+    null = pc.is_null(pc.cast(column, column.type.value_type) if _has_null_value(column) else column)
+    if pc.any(null).as_py():
+        row = int(np.argmax(null.to_numpy()))
+        raise DataError(f"{where(row)}: label is null", "give it a label or remove the row")
+
+
+def _has_null_value(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_dictionary(column.type) and any(chunk.dictionary.null_count for chunk in column.chunks)
+
+
+def _as_string(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.cast(column, pa.large_string()) if pa.types.is_string_view(column.type) else column
 
 
 def number_texts(columns: Sequence[LabelColumn]) -> tuple[str, ...] | None:

@@ -1,8 +1,10 @@
 """Parquet files as a source: local or in object storage, images encoded or as uint8 tensors.
 
 Labels are read alone; images are streamed row group by row group, only those that are wanted are kept.
-Memory: a shuffle window (see `shuffle`) and one small batch for each open row group; in object storage also
-the open row groups themselves, because each is fetched whole. Entry: `ParquetSource`.
+Memory: a shuffle window (see `shuffle`) and, for each open row group, a page and a dictionary: most writers put up to
+1,024 images into one. In object storage the open row groups themselves, because each is fetched whole. Where these
+are large, fewer are open at the same time. A file that would take far more than it has bytes is refused. Entry:
+`ParquetSource`.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nf_pipeline.data.base import SPLITS, Column, RawImage, Split
-from nf_pipeline.data.columns import class_names_of, find_image_column, find_label_column, image_cells
+from nf_pipeline.data.columns import class_names_of, find_image_column, find_label_column, image_cells, is_text
 from nf_pipeline.data.files import DataFile, FileSet
 from nf_pipeline.data.labels import LabelColumn, number_texts, renumber
 from nf_pipeline.data.shuffle import OPEN_STREAMS, interleave, shuffle_window
@@ -26,8 +28,17 @@ from nf_pipeline.errors import DataError
 _BATCH_BYTES = 4 * 2**20
 # Sizes in the footer are of encoded pages: with a dictionary, rows can be far larger than they tell.
 _BATCH_ROWS = 64
+_DICTIONARY_BATCH_BYTES = 256 * 2**20
+# A file is refused where it would take far more memory than it has bytes. Images and labels that somebody means
+# stay well below: no two images are the same, and what is compressed already hardly gets smaller.
+_FREE_ROWS = 2**20
+_FREE_BYTES = 128 * 2**20
+_MAX_EXPANSION = 1000
 _BUFFER_BYTES = 2**20
+_LOCAL_OPEN_BYTES = 256 * 2**20
 _REMOTE_OPEN_BYTES = 128 * 2**20
+# Arrow and its likes look at the size of a page, and of a dictionary, after so many rows only.
+_PAGE_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,10 @@ class _RowGroup:
     @property
     def num_rows(self) -> int:
         return self.footer.group_rows[self.group]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.footer.group_bytes[self.group]
 
 
 class ParquetSource:
@@ -141,6 +156,8 @@ class ParquetSource:
         with self._files.errors_named(file), self._files.open(file) as stream:
             footer = pq.ParquetFile(stream)
             groups = [footer.metadata.row_group(group) for group in range(footer.num_row_groups)]
+            _check_rows(file, sum(group.num_rows for group in groups))
+            _check_expansion(file, max((group.total_byte_size for group in groups), default=0))
             return _Footer(
                 file=file,
                 split=split,
@@ -159,9 +176,11 @@ class ParquetSource:
 
     def _read_labels(self, footer: _Footer) -> LabelColumn:
         name = self._label_name(footer)
+        as_dictionary = [name] if is_text(footer.schema.field(name).type) else None
         with self._files.errors_named(footer.file), self._files.open(footer.file) as stream:
-            column = pq.ParquetFile(stream).read(columns=[name]).column(0)
-        return LabelColumn.of(column, lambda row: f"{footer.file.name}, row {row}, column {name!r}")
+            reader = pq.ParquetFile(stream, read_dictionary=as_dictionary)
+            column = reader.read(columns=[name]).column(name)
+            return LabelColumn.of(column, lambda row: f"{footer.file.name}, row {row}, column {name!r}")
 
     @cached_property
     def _text_names(self) -> tuple[str, ...] | None:
@@ -193,25 +212,25 @@ class ParquetSource:
                 first_row += num_rows
 
     def _num_open(self, groups: list[_RowGroup]) -> int:
-        if not self._files.remote or not groups:
-            return OPEN_STREAMS
-        largest = max(group.footer.group_bytes[group.group] for group in groups)
-        return max(1, min(OPEN_STREAMS, _REMOTE_OPEN_BYTES // max(1, largest)))
+        if self._files.remote:
+            held, most = [group.num_bytes for group in groups], _REMOTE_OPEN_BYTES
+        else:
+            held, most = [_page_bytes(group) for group in groups], _LOCAL_OPEN_BYTES
+        return max(1, min(OPEN_STREAMS, most // max([1, *held])))
 
     def _read_group(self, group: _RowGroup, wanted: np.ndarray) -> Iterator[RawImage]:
         footer = group.footer
         column = self._image_columns[footer.file.name]
         cells = image_cells(footer.schema.field(column))
-        average = footer.group_bytes[group.group] // max(1, group.num_rows) + 1
-        batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // average))
         row = group.first_row
         with self._files.errors_named(footer.file), self._files.open(footer.file) as stream:
             # A buffered stream keeps a large row group out of memory; over the network it would be slow.
             remote = self._files.remote
             reader = pq.ParquetFile(stream, pre_buffer=remote, buffer_size=0 if remote else _BUFFER_BYTES)
+            batch_rows = _batch_rows(group, _decoded_bytes(reader, group, column))
             for batch in reader.iter_batches(batch_rows, row_groups=[group.group], columns=[column]):
                 chosen = np.flatnonzero(wanted[row : row + batch.num_rows])
-                images = cells(batch.column(0).take(pa.array(chosen))) if len(chosen) else ()
+                images = cells(batch.column(column).take(pa.array(chosen))) if len(chosen) else ()
                 yield from map(RawImage, (chosen + row).tolist(), images)
                 row += batch.num_rows
 
@@ -223,8 +242,56 @@ class ParquetSource:
         raise IndexError(row)
 
 
+def _check_rows(file: DataFile, num_rows: int) -> None:
+    if num_rows > max(_FREE_ROWS, file.num_bytes):
+        raise DataError(
+            f"{file.name}: {num_rows} rows in a file of {file.num_bytes} bytes, want at most one for each byte",
+            "give files whose rows hold images",
+        )
+
+
 def _span(group: _RowGroup) -> slice:
     return slice(group.first_row, group.first_row + group.num_rows)
+
+
+def _check_expansion(file: DataFile, num_bytes: int) -> None:
+    if num_bytes > max(_FREE_BYTES, _MAX_EXPANSION * file.num_bytes):
+        raise DataError(
+            f"{file.name}: a row group of this file of {file.num_bytes} bytes would take {num_bytes} in memory, "
+            f"want at most {_MAX_EXPANSION} times its size",
+            "write the file again with smaller row groups, if it is what you want to train on",
+        )
+
+
+def _decoded_bytes(reader: pq.ParquetFile, group: _RowGroup, column: str) -> int:
+    """Returns what the image column of a row group takes as pixels or encoded files; at most that, if it repeats."""
+    kind = reader.schema_arrow.field(column).type
+    stored = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    if pa.types.is_fixed_size_binary(stored):
+        num_bytes = group.num_rows * stored.byte_width
+    elif pa.types.is_nested(stored) and not pa.types.is_struct(stored):
+        # Of pixels that repeat the file holds one and a count. Asked for here only: where the rest of a column's
+        # metadata is damaged, pyarrow ends the process (version 26), instead of raising as it does when it reads.
+        metadata = reader.metadata.row_group(group.group)
+        leaves = [metadata.column(idx) for idx in range(metadata.num_columns)]
+        num_bytes = max(leaf.num_values for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{column}."))
+    else:
+        num_bytes = group.num_bytes
+    _check_expansion(group.footer.file, num_bytes)
+    return num_bytes
+
+
+def _batch_rows(group: _RowGroup, decoded_bytes: int) -> int:
+    """Returns how many rows are decoded at once, at least one."""
+    rows = min(_BATCH_ROWS, _BATCH_BYTES // (decoded_bytes // max(1, group.num_rows) + 1))
+    if decoded_bytes == group.num_bytes:  # then every row could be the one large value of a dictionary
+        rows = min(rows, _DICTIONARY_BATCH_BYTES // max(1, decoded_bytes))
+    return max(1, rows)
+
+
+def _page_bytes(group: _RowGroup) -> int:
+    """Estimates what reading a local row group holds: its largest page or dictionary, as stored and decompressed."""
+    return 2 * group.num_bytes * min(group.num_rows, _PAGE_ROWS) // max(1, group.num_rows)
 
 
 def _footer_checksum(stream: Any) -> str:

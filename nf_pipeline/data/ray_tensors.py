@@ -9,7 +9,8 @@ Source: https://github.com/ray-project/ray/tree/master/python/ray/data, `ArrowTe
 """
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,8 @@ class RayTensor:
     shape: tuple[int, ...] | None
 
     def cells(self, array: pa.Array) -> Iterator[np.ndarray | None]:
-        """Yields each row's tensor, a view where Arrow allows it; None for a null or a tensor with nulls."""
+        """Yields each row's tensor, a view where Arrow allows it; None for a null, or values that do not fill the
+        shape."""
         stored = array.storage if isinstance(array, pa.ExtensionArray) else array
         for row in range(len(stored)):
             yield self._cell(stored[row])
@@ -42,7 +44,7 @@ class RayTensor:
             return None
         values = (cell if self.shape is not None else cell["data"]).values
         shape = self.shape if self.shape is not None else cell["shape"].as_py()
-        if values is None or values.null_count or shape is None:
+        if values is None or values.null_count or shape is None or not _fills(values, shape):
             return None
         return values.to_numpy().reshape(shape)
 
@@ -59,9 +61,18 @@ def ray_tensor_of(field: pa.Field) -> RayTensor | None:
     if name in _ONE_SHAPE and (pa.types.is_list(stored) or pa.types.is_large_list(stored)):
         shape = _shape_in_metadata(field)
         return None if shape is None else RayTensor(value_type=stored.value_type, shape=shape)
-    if name == _SHAPE_PER_ROW and pa.types.is_struct(stored) and stored.get_field_index("data") >= 0:
+    if name == _SHAPE_PER_ROW and pa.types.is_struct(stored) and _has_lists(stored, "data", "shape"):
         return RayTensor(value_type=stored.field("data").type.value_type, shape=None)
     return None
+
+
+def _has_lists(struct: pa.StructType, *names: str) -> bool:
+    found = [struct.field(name).type for name in names if struct.get_field_index(name) >= 0]
+    return len(found) == len(names) and all(pa.types.is_list(kind) or pa.types.is_large_list(kind) for kind in found)
+
+
+def _fills(values: pa.Array, shape: Sequence[int | None]) -> bool:
+    return all(size is not None and size >= 0 for size in shape) and math.prod(shape) == len(values)
 
 
 def _shape_in_metadata(field: pa.Field) -> tuple[int, ...] | None:

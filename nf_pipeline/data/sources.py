@@ -101,9 +101,14 @@ def source_readable(source: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
+        where = f" ({printable(os.fsdecode(error.filename))})" if isinstance(error.filename, str | bytes) else ""
         raise DataError(
-            f"data source {printable(source)}: cannot be read: {reason}", "give data that can be read"
+            f"data source {printable(source)}: cannot be read: {reason}{where}", "give data that can be read"
         ) from error
+    except RecursionError:
+        raise DataError(
+            f"data source {printable(source)}: its folders are nested too deeply", "DIR/CLASS/* or DIR/train/CLASS/*"
+        ) from None
 
 
 def has_parquet(folder: Path) -> bool:

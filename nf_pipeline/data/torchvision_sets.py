@@ -17,6 +17,10 @@ from nf_pipeline.data.base import SPLITS, Column, RawImage, Split, Unusable
 from nf_pipeline.data.files import first_line
 from nf_pipeline.errors import ConfigError, DataError
 
+# They unpickle a list of keys that lies beside the data, which anybody may have put there. CIFAR10 and CIFAR100 are
+# pickles too, but torchvision opens only those whose MD5 it knows.
+_UNSAFE = ("LSUN", "LSUNClass")
+
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
 
 
@@ -84,6 +88,7 @@ def is_torchvision_name(name: str) -> bool:
         "ImageFolder",
         "DatasetFolder",
         "VisionDataset",
+        *_UNSAFE,
     )
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core.partition import budget_for
+from nf_pipeline.driver.retention import Retention, check_readable
 from nf_pipeline.driver.round_schedule import Round, RoundSchedule
 from nf_pipeline.driver.round_store import RoundStore
 from nf_pipeline.driver.stage_runner import StageRunner, StageWork
@@ -48,6 +49,7 @@ class BlockRuns:
         self._runner = runner
         self._executor = executor
         self._rounds = RoundStore(config, plan, layout, runner)
+        self._retention = Retention(runner.store, layout, config.storage.keep_activations, len(plan.blocks))
 
     @property
     def skipped_s(self) -> float:
@@ -71,7 +73,11 @@ class BlockRuns:
         schedule = RoundSchedule(done, rounds, overlap=overlap, found=self._rounds.find_ahead(done))
         self._rounds.retire(schedule.retired())
         for block_idx, count in enumerate(done):
-            if count < rounds:
+            if count == rounds:
+                self._retention.block_done(block_idx)
+            else:
+                if block_idx > 0 and done[block_idx - 1] == rounds:
+                    check_readable(self._runner.store, self._layout, block_idx)
                 self._executor.check(block_stage(block_idx), self._resources(block_idx))
         (self._run_parallel if self._executor.is_parallel else self._run_serial)(schedule)
         return [read_block(self._runner.store, self._layout, idx) for idx in range(len(self._plan.blocks))]
@@ -128,6 +134,8 @@ class BlockRuns:
         self._rounds.take(work)
         schedule.finish(work)
         self._rounds.retire(schedule.retired())
+        if work.round_idx == schedule.num_rounds - 1:
+            self._retention.block_done(work.block_idx)
 
     def _train(self, work: Round, schedule: RoundSchedule) -> None:
         """Brings one round to its commit."""

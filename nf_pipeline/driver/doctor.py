@@ -85,7 +85,7 @@ def check_torch() -> list[Check]:
     checks = []
     for name in ("torch", "torchvision"):
         try:
-            module = __import__(name)
+            module = importlib.import_module(name)
         except (ImportError, OSError, RuntimeError) as error:
             fix = "install torch and torchvision of matching versions"
             checks.append(Check(name=name, state="fail", detail=f"cannot be imported: {error}", fix=fix))

@@ -4,7 +4,9 @@ Joins a Ray cluster only if the configuration names one, to see what its workers
 `preview_plan`.
 """
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from nf_pipeline.config import RunConfig
@@ -14,6 +16,8 @@ from nf_pipeline.driver.blocks import memory_of
 from nf_pipeline.executors import open_executor
 from nf_pipeline.executors.base import WorkerClass
 from nf_pipeline.plans import Plan
+from nf_pipeline.storage.reader import reader_bytes
+from nf_pipeline.storage.shards import writer_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +28,24 @@ class Preview:
         config: that it was made for.
         plan: the plan.
         workers: classes of workers of the cluster, smallest memory first; empty if none was named.
+        image_bytes: pixels of the train and validation split.
     """
 
     config: RunConfig
     plan: Plan
     workers: tuple[WorkerClass, ...]
+    image_bytes: int
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of host memory that reading and writing shards takes of a worker at most."""
+        shard_bytes = self.config.storage.shard_bytes
+        stored = [self.image_bytes, *(block.shard_bytes for block in self.plan.blocks)]
+        # Twice: what is there is held as stored and as decoded.
+        return max(
+            min(reader_bytes(shard_bytes), 2 * read) + min(writer_bytes(shard_bytes), 2 * written)
+            for read, written in pairwise(stored)
+        )
 
     @property
     def placement(self) -> dict[str, Any]:
@@ -42,6 +59,7 @@ class Preview:
             "mode": train.mode,
             "workers_per_block": train.workers_per_block,
             "block_memory_bytes": needed,
+            "host_buffer_bytes": self.buffer_bytes,
             "workers_that_fit": [self._count_fitting(bytes_needed) for bytes_needed in needed],
         }
 
@@ -74,7 +92,9 @@ def preview(config: RunConfig) -> Preview:
         split_rows=surveyed.split_rows,
         worker_memory_bytes=[w.memory_bytes for w in workers if w.memory_bytes is not None],
     )
-    return Preview(config=config, plan=plan, workers=workers)
+    rows = surveyed.split_rows["train"] + surveyed.split_rows["val"]
+    image_bytes = rows * math.prod(surveyed.image_shape)
+    return Preview(config=config, plan=plan, workers=workers, image_bytes=image_bytes)
 
 
 def preview_plan(config: RunConfig) -> Plan:

@@ -10,10 +10,11 @@ from nf_pipeline.config import RunConfig
 from nf_pipeline.driver.round_schedule import Round
 from nf_pipeline.driver.stage_runner import StageRunner
 from nf_pipeline.driver.stages import block_stage
-from nf_pipeline.errors import ObjectCorrupt, ObjectMissing, StorageError
+from nf_pipeline.errors import ObjectCorrupt, ObjectMissing, StageOutdated, StorageError
 from nf_pipeline.plans import Plan
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, read_manifest, verify_manifest
+from nf_pipeline.storage.sealed import repair_command
 from nf_pipeline.worker.stage_input import read_block
 from nf_pipeline.worker.tasks import block_fingerprint, num_rounds
 
@@ -74,7 +75,7 @@ class RoundStore:
         """Notes that a round is committed.
 
         Raises:
-            ObjectCorrupt: the last round's commit is not of this work: it was trained on another input.
+            StageOutdated: the last round's commit is not of this work: it was trained on another input.
         """
         self._stored.add(work)
         if work.round_idx < self._num_rounds - 1:
@@ -105,7 +106,7 @@ class RoundStore:
             return None
         fingerprint = self._fingerprint(block_idx, stage_input)
         key = self._layout.block_manifest(block_idx)
-        done = self._runner.committed(block_stage(block_idx), key, fingerprint, self._repeat(key))
+        done = self._runner.committed(block_stage(block_idx), key, fingerprint, self._repeat())
         if done is not None:
             self.skipped_s += done.facts["train_s"] + done.facts["write_s"]
         return done
@@ -113,10 +114,11 @@ class RoundStore:
     def _check_fingerprint(self, work: Round, stage_input: StageManifest) -> None:
         final, wanted = self.manifest(work), self._fingerprint(work.block_idx, stage_input)
         if final is None or final.fingerprint != wanted:
-            raise ObjectCorrupt(
+            raise StageOutdated(
                 f"{self.key(work)} was committed for another input than what block {work.block_idx - 1} stored",
                 self._store.uri,
-                self._repeat(self.key(work)),
+                self._repeat(),
+                self.key(work),
             )
 
     def _fingerprint(self, block_idx: int, stage_input: StageManifest) -> str:
@@ -135,7 +137,7 @@ class RoundStore:
                 f"round {max(rounds).round_idx + 1} of {block_stage(block_idx)} is committed, but not all of its "
                 f"objects are there: {'; '.join(problems[:3])}",
                 self._store.uri,
-                self._repeat(self.key(max(rounds))),
+                self._repeat(),
             )
         return max(rounds).round_idx + 1
 
@@ -150,19 +152,21 @@ class RoundStore:
                 raise self._lost(f"{block_stage(block_idx)} continues with round {count + 1}, whose input is gone")
 
     def _lost(self, what: str) -> ObjectMissing:
-        return ObjectMissing(what, self._store.uri, self._repeat(""))
+        return ObjectMissing(what, self._store.uri, self._repeat())
 
-    def _repeat(self, key: str) -> str:
-        """Says how to train anew what is damaged: rounds were deleted as they were read, so all of them."""
+    def _repeat(self) -> str:
+        """Says how to train anew what is damaged, and how much that is."""
+        command = repair_command(self._store, self._layout.run)
         if self._num_rounds > 1:
-            return f"delete {self._layout.blocks} and resume: all blocks are trained again"
-        return f"delete {key} and resume: the block is trained again from its input"
+            return f"{command}: all blocks are trained again, as rounds were deleted when they had been read"
+        return f"{command}: the block is trained again from its input, and later ones that do not fit it then"
 
     def _delete(self, work: Round) -> None:
         manifest = self.manifest(work)
         if manifest is None:
             return
-        self._store.delete([self.key(work)])
         shards = [shard.key for infos in manifest.shards.values() for shard in infos]
-        record = self._layout.checkpoint_record(self._layout.block_attempt(work.block_idx, manifest.attempt))
-        self._store.delete([*shards, manifest.weights.key, record])
+        # The state may be an earlier attempt's. Documents go first, so that none ever names what is gone.
+        record = self._layout.checkpoint_record(manifest.weights.key.rpartition("/")[0])
+        self._store.delete([self.key(work), record])
+        self._store.delete([*shards, manifest.weights.key])

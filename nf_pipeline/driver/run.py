@@ -4,30 +4,34 @@ Every stage is skipped when its manifest is there and verifies, so running again
 tensors and imports no torch: stages run where the executor puts them. Entries: `train`, `resume`.
 """
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from nf_pipeline.config import AUTO, FORMAT_VERSION, RunConfig
 from nf_pipeline.data.handed_over import describe_files, drop_dataset, settle_dataset, with_dataset
+from nf_pipeline.data.ingest import ingest_fingerprint_of
 from nf_pipeline.driver.blocks import BlockRuns, memory_of
 from nf_pipeline.driver.event_log import EventLog, Listener
+from nf_pipeline.driver.repair import repair_while
+from nf_pipeline.driver.retention import Retention
 from nf_pipeline.driver.run_lock import RunLock, hold_run
-from nf_pipeline.driver.run_record import load_run, open_run, plan_of, read_json
+from nf_pipeline.driver.run_record import load_run, open_run, plan_of, plan_record
 from nf_pipeline.driver.stage_runner import StageRunner, StageWork
 from nf_pipeline.driver.stop_request import StopRequest
 from nf_pipeline.driver.summary import make_summary
-from nf_pipeline.errors import AlreadyExists, ConfigError, ObjectCorrupt
+from nf_pipeline.errors import AlreadyExists, ConfigError, StageOutdated
 from nf_pipeline.events import Note, StageSkipped
 from nf_pipeline.executors import open_executor
 from nf_pipeline.executors.base import Executor, Resources
 from nf_pipeline.plans import Plan
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest
+from nf_pipeline.storage.sealed import read_sealed, repair_command, repair_fix, seal
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.trust import confirm_factory
 from nf_pipeline.worker.stage_input import read_ingest, read_model
@@ -50,6 +54,7 @@ def train(
     dataset: Any = None,
     on_event: Listener | None = None,
     stop: StopRequest | None = None,
+    repair: bool = False,
 ) -> dict[str, Any]:
     """Trains a model block by block under the memory budget; continues the run if it has begun.
 
@@ -59,6 +64,7 @@ def train(
             `pyarrow.Table`, or a mapping of "train", "val" and "test" to these; see `nf_pipeline.data.handed_over`.
         on_event: called with every event as it happens, one at a time, not always in the same thread.
         stop: through which the caller can ask the run to end after the epochs that are being trained.
+        repair: read every byte of the run first, and run the stages again whose objects are damaged.
 
     Returns:
         The summary, as stored in summary.json.
@@ -74,7 +80,25 @@ def train(
     config = with_dataset(config, dataset)
     store, layout = open_store(config.storage.uri), RunLayout(config.run)
     listeners = [on_event] if on_event else []
-    with _held(store, layout, listeners) as lock, open_executor(config.cluster, config.run) as executor:
+    with _held(store, layout, listeners) as lock:
+        work = partial(_train_held, config, dataset, store, layout, lock, listeners, stop or StopRequest(), began)
+        if not repair:
+            return work()
+        tell = partial(_tell_repair, store, layout, lock, listeners)
+        return repair_while(store, layout, tell, work, has_dataset=dataset is not None)
+
+
+def _train_held(
+    config: RunConfig,
+    dataset: Any,
+    store: Store,
+    layout: RunLayout,
+    lock: RunLock,
+    listeners: Sequence[Listener],
+    stop: StopRequest,
+    began: float,
+) -> dict[str, Any]:
+    with open_executor(config.cluster, config.run) as executor:
         config = open_run(store, layout, config, executor.default_threads(config.train.device))
         handed_over = settle_dataset(store, layout, config, dataset)
         log = EventLog(store, layout.events_jsonl, lambda _: lock.check(), executor.observe, *listeners)
@@ -83,9 +107,9 @@ def train(
         elif dataset is not None:
             log.add(Note(stage="ingest", level="warning", text="the run has its images: the dataset was not read"))
         try:
-            runner = StageRunner(store, log, executor, config.run, stop or StopRequest())
+            runner = StageRunner(store, log, executor, config.run, stop)
             summary = _Run(config, store, layout, log, runner, executor).all_stages(began)
-            store.put(layout.summary_json, json.dumps(summary, indent=2).encode())
+            store.put(layout.summary_json, seal(summary))
         finally:
             if not lock.is_lost:  # else the log is another driver's
                 log.flush()
@@ -97,21 +121,33 @@ def resume(
     *,
     on_event: Listener | None = None,
     cluster: Mapping[str, Any] | None = None,
+    keep: str | None = None,
     model: str | None = None,
     stop: StopRequest | None = None,
+    repair: bool = False,
 ) -> dict[str, Any]:
     """Continues a run from its own record.
 
     Args:
         uri: STORE/NAME.
-        on_event, stop: see `train`.
+        on_event, stop, repair: see `train`.
         cluster: settings of the section `cluster` to change, such as {"executor": "inline"}.
+        keep: replaces the recorded `storage.keep_activations`.
         model: the factory, where the run was started with one.
 
     Raises:
         ObjectMissing: there is no such run.
     """
-    return train(load_run(uri, cluster, model), on_event=on_event, stop=stop)
+    config = load_run(uri, cluster, model, keep, repair=repair)
+    return train(config, on_event=on_event, stop=stop, repair=repair)
+
+
+def _tell_repair(
+    store: Store, layout: RunLayout, lock: RunLock, listeners: Sequence[Listener], stage: str, text: str
+) -> None:
+    log = EventLog(store, layout.events_jsonl, lambda _: lock.check(), *listeners)
+    log.add(Note(stage=stage, level="warning", text=f"repair: {text}"))
+    log.flush()
 
 
 def _held(store: Store, layout: RunLayout, listeners: Sequence[Listener]) -> AbstractContextManager[RunLock]:
@@ -154,6 +190,7 @@ class _Run:
         runs = BlockRuns(self.config, plan, self.layout, self.runner, self.executor, self.placed_on)
         blocks = runs.run(ingest)
         model = self.model(plan, blocks)
+        Retention(self.store, self.layout, self.config.storage.keep_activations, len(plan.blocks)).run_done()
         wall_s = time.monotonic() - began + runs.skipped_s
         return make_summary(self.config, plan, ingest, blocks, model, wall_s)
 
@@ -169,21 +206,28 @@ class _Run:
                 commit_key=self.layout.ingest_manifest,
             )
             self.runner.run(work)
-        return done or read_ingest(self.store, self.layout)
+            done = read_ingest(self.store, self.layout)
+        wanted = ingest_fingerprint_of(self.config, str(done.facts.get("source_fingerprint")))
+        if done.fingerprint != wanted:
+            key = self.layout.ingest_manifest
+            what = f"{key} has fingerprint {done.fingerprint}, this run's settings of data give {wanted}"
+            raise StageOutdated(what, self.store.uri, repair_fix(self.store, key), key)
+        return done
 
     def plan(self, ingest: StageManifest) -> Plan:
         """Profile and partition, kept in plan.json."""
         fingerprint = plan_fingerprint(self.config, ingest.content_checksum)
-        document = read_json(self.store, self.layout.plan_json)
+        document = read_sealed(self.store, self.layout.plan_json)
         if document is None:
             document = self._make_plan(fingerprint)
         else:
             self.log.add(StageSkipped(stage="plan", note="finished before"))
         if (document.get("fingerprint"), document.get("format_version")) != (fingerprint, FORMAT_VERSION):
-            raise ObjectCorrupt(
+            raise StageOutdated(
                 f"{self.layout.plan_json} was made for another configuration or input",
                 self.store.uri,
-                f"delete {self.layout.plan_json} and resume: it is planned anew",
+                f"{repair_command(self.store, self.layout.run)}: it is planned anew, blocks that fit are kept",
+                self.layout.plan_json,
             )
         # Decided once: a resumed run does not make do with CPUs because the GPU nodes are not up yet.
         self.placed_on = document.get("placed_on", self.config.train.device)
@@ -196,13 +240,12 @@ class _Run:
             name="plan", function=PLAN_STAGE, make_task=self._prepare_task, resources=self._plan_resources()
         )
         device = self.executor.device_for(self.config.train.device)
-        record = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "placed_on": device}
-        document = {**record, **self.runner.run(work)}
+        document = plan_record(self.config, fingerprint, device, self.runner.run(work))
         try:
-            self.store.create(self.layout.plan_json, json.dumps(document, indent=2).encode())
+            self.store.create(self.layout.plan_json, seal(document))
         except AlreadyExists:
             # Measured profiles differ a little from time to time: everybody goes by the plan that came first.
-            return read_json(self.store, self.layout.plan_json) or document
+            return read_sealed(self.store, self.layout.plan_json) or document
         return document
 
     def model(self, plan: Plan, blocks: list[StageManifest]) -> StageManifest:
@@ -237,7 +280,7 @@ class _Run:
 
     def _check_workers(self) -> None:
         """Finds out before anything is read whether the workers could ever do what is asked of them."""
-        if read_json(self.store, self.layout.plan_json) is not None:
+        if read_sealed(self.store, self.layout.plan_json) is not None:
             return  # every block is compared with what the plan needs
         planning = self._plan_resources()
         if self.config.memory.budget_bytes == AUTO and not planning.memory_bytes and planning.device == "cpu":

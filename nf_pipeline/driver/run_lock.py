@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from nf_pipeline.documents import parse_json
 from nf_pipeline.errors import AlreadyExists, ObjectMissing, RunLocked, StorageError
 from nf_pipeline.host import has_ended, process_identity, worker_name
 from nf_pipeline.storage.layout import RunLayout
@@ -29,6 +30,8 @@ RENEW_EVERY_S = 5.0
 EXPIRES_AFTER_S = 30.0
 LOOK_EVERY_S = 0.5
 RELEASE_TIMEOUT_S = 5.0
+SURE_FOR_S = 15.0
+"""A holder that has not renewed for so long, by a clock that also runs while it sleeps, asks before it goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,8 @@ class RunLock:
         self._layout = layout
         self._record = record
         self._lost_to: LockRecord | None = None
+        self._renewed_s = time.time()
+        self._renewing = threading.Lock()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
         self._thread.start()
@@ -108,11 +113,13 @@ class RunLock:
         return self._lost_to is not None
 
     def check(self) -> None:
-        """Ends a driver whose run was taken over.
+        """Ends a driver whose run was taken over; one that was frozen finds out here before it does anything.
 
         Raises:
             RunLocked: another driver holds the run now.
         """
+        if abs(time.time() - self._renewed_s) > SURE_FOR_S:
+            self._renew(is_released=False)
         if self._lost_to is not None:
             raise RunLocked(
                 f"run {self._layout.run!r} was taken over by {self._lost_to.holder}: this driver had not renewed its "
@@ -131,14 +138,19 @@ class RunLock:
         self._renew(is_released=True)
 
     def _renew(self, *, is_released: bool) -> None:
+        if not self._renewing.acquire(timeout=RELEASE_TIMEOUT_S):
+            return  # another thread is at it, and waits for a store that does not answer
         try:
             self._lost_to = self._lost_to or self._find_successor()
             if self._lost_to is None:
                 self._record = replace(self._record, beat=self._record.beat + 1, is_released=is_released)
                 _write(self._store.put, self._layout, self._record)
-        except StorageError as error:
+        except Exception as error:  # whatever it is, the beats must go on: without them the run is given away
             # Nobody else can take a run over in a store that cannot be reached; if only we cannot, we find out later.
             logger.warning("the lock of run %s could not be renewed: %s", self._layout.run, error)
+        finally:
+            self._renewed_s = time.time()
+            self._renewing.release()
 
     def _find_successor(self) -> LockRecord | None:
         newest = read_lock(self._store, self._layout)
@@ -147,22 +159,47 @@ class RunLock:
         return newest
 
 
-def _acquire(store: Store, layout: RunLayout, patience_s: float, on_wait: Callable[[str], None]) -> LockRecord:
+def await_free(
+    store: Store,
+    layout: RunLayout,
+    patience_s: float = EXPIRES_AFTER_S,
+    on_wait: Callable[[str], None] = logger.info,
+) -> int:
+    """Watches until nobody holds a run.
+
+    Args:
+        store, layout, patience_s, on_wait: see `hold_run`.
+
+    Returns:
+        The generation that was the last one; -1 if there was none.
+
+    Raises:
+        RunLocked: the holder lives; names it.
+    """
     watched: LockRecord | None = None
-    since = time.monotonic()
+    silent_s, looked = 0.0, time.monotonic()
     while True:
         generation, newest = _look(store, layout)
-        if watched is None or newest is None or newest.token != watched.token:
-            watched, since = newest, time.monotonic()
-            if newest is not None and not newest.is_free:
-                on_wait(f"{newest.holder} holds run {layout.run}: watching for up to {patience_s:.0f} s if it lives")
-        elif newest.beat != watched.beat and not newest.is_free:
+        # A look that took long says nothing of the holder: the store may have been away for both.
+        silent_s += min(time.monotonic() - looked, 2 * LOOK_EVERY_S)
+        looked = time.monotonic()
+        if newest is None or newest.is_free:
+            return generation
+        if watched is None or newest.token != watched.token:
+            watched, silent_s = newest, 0.0
+            on_wait(f"{newest.holder} holds run {layout.run}: watching for up to {patience_s:.0f} s if it lives")
+        elif newest.beat != watched.beat:
             raise _taken(layout, newest)
-        if newest is None or newest.is_free or time.monotonic() - since > patience_s:
-            record = _create(store, layout, generation + 1)
-            if record is not None:
-                return record
+        elif silent_s > patience_s:
+            return generation
         time.sleep(LOOK_EVERY_S)
+
+
+def _acquire(store: Store, layout: RunLayout, patience_s: float, on_wait: Callable[[str], None]) -> LockRecord:
+    while True:
+        record = _create(store, layout, await_free(store, layout, patience_s, on_wait) + 1)
+        if record is not None:
+            return record
 
 
 def _create(store: Store, layout: RunLayout, generation: int) -> LockRecord | None:
@@ -178,8 +215,14 @@ def _create(store: Store, layout: RunLayout, generation: int) -> LockRecord | No
         _write(store.create, layout, record)
     except AlreadyExists:
         return None
-    store.delete([layout.lock(older) for older in _generations(store, layout) if older < generation])
-    return record
+    generations = _generations(store, layout)
+    is_newest = generation == max(generations, default=generation)
+    outdated = [older for older in generations if older < generation] if is_newest else [generation]
+    try:
+        store.delete([layout.lock(number) for number in outdated])
+    except StorageError as error:  # who may not delete may still train
+        logger.warning("old locks of run %s could not be deleted: %s", layout.run, error)
+    return record if is_newest else None
 
 
 def _look(store: Store, layout: RunLayout) -> tuple[int, LockRecord | None]:
@@ -195,7 +238,7 @@ def _generations(store: Store, layout: RunLayout) -> list[int]:
 
 def _read(store: Store, layout: RunLayout, generation: int) -> LockRecord | None:
     try:
-        return _parse(json.loads(bytes(store.get(layout.lock(generation)))), generation)
+        return _parse(parse_json(store.get(layout.lock(generation))), generation)
     except ObjectMissing:  # a newer driver has just removed it
         return None
     except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:
@@ -226,6 +269,6 @@ def _write(write: Callable[[str, bytes], None], layout: RunLayout, record: LockR
 def _taken(layout: RunLayout, record: LockRecord) -> RunLocked:
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(record.since_s))
     return RunLocked(
-        f"run {layout.run!r} is being trained by {record.holder} since {since}",
-        "wait for it (nf-pipeline status shows how far it is), stop it, or use another --run name",
+        f"run {layout.run!r} is held by {record.holder} since {since}",
+        "wait until it has ended (nf-pipeline status shows how far the run is), stop it, or use another --run name",
     )

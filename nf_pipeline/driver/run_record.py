@@ -1,23 +1,30 @@
-"""run.json: the resolved configuration of a run, written once, checked whenever the run is continued."""
+"""run.json, the resolved configuration of a run, and plan.json: written once, checked whenever they are read.
+
+plan.json holds the configuration a second time: a run.json that is damaged, or another run's, can be written again.
+Entries: `open_run`, `load_run`, `load_plan`.
+"""
 
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping
 from typing import Any
 
-from nf_pipeline.config import FORMAT_VERSION, RunConfig, validate_config
+from nf_pipeline.config import FORMAT_VERSION, RunConfig, field_names, validate_config
 from nf_pipeline.data.sources import absolute_source
-from nf_pipeline.errors import ObjectCorrupt, ObjectMissing, RunConflict
+from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, RunConflict, StorageError
 from nf_pipeline.plans import Plan
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.manifest import read_manifest
+from nf_pipeline.storage.sealed import read_sealed, repair_command, seal
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.trust import confirm_factory
+from nf_pipeline.worker.tasks import block_fingerprint, num_rounds
 
-PLAN_RECORD_KEYS = ("format_version", "fingerprint", "placed_on")
+PLAN_RECORD_KEYS = ("format_version", "fingerprint", "placed_on", "config")
 """What plan.json says besides the plan: its version, what it was made for, the device that stages are placed on."""
 
+_NOT_COMPARED = (("storage", "uri"), ("storage", "keep_activations"))
 _RECORDED_PACKAGES = ("nf_pipeline", "torch", "torchvision", "ray", "pyarrow", "s3fs")
 
 
@@ -39,7 +46,7 @@ def open_run(store: Store, layout: RunLayout, config: RunConfig, default_threads
     Raises:
         RunConflict: blocks of another configuration have the name.
     """
-    recorded = read_json(store, layout.run_json)
+    recorded = read_run(store, layout)
     config = _settled(store, config, recorded, default_threads)
     if recorded is not None and recorded.get("fingerprint") == config.fingerprint:
         return config
@@ -47,15 +54,18 @@ def open_run(store: Store, layout: RunLayout, config: RunConfig, default_threads
         if store.list(layout.blocks):
             raise _conflict(store, config, recorded)
         store.delete([layout.plan_json, *_stale_ingest(layout, config, recorded)])
-    record = {
+    store.put(layout.run_json, seal(_record_of(config)))
+    return config
+
+
+def _record_of(config: RunConfig) -> dict[str, Any]:
+    return {
         "format_version": FORMAT_VERSION,
         "run": config.run,
         "fingerprint": config.fingerprint,
         "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version(), **_versions()},
     }
-    store.put(layout.run_json, json.dumps(record, indent=2).encode())
-    return config
 
 
 def _settled(store: Store, config: RunConfig, recorded: dict[str, Any] | None, default_threads: int) -> RunConfig:
@@ -81,30 +91,39 @@ def _stale_ingest(layout: RunLayout, config: RunConfig, recorded: dict[str, Any]
     return [] if same else [layout.ingest_manifest]
 
 
-def load_run(uri: str, cluster: Mapping[str, Any] | None = None, model: str | None = None) -> RunConfig:
+def load_run(
+    uri: str,
+    cluster: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    keep: str | None = None,
+    *,
+    repair: bool = False,
+) -> RunConfig:
     """Reads a run's configuration back.
 
     Args:
         uri: STORE/NAME.
         cluster: settings that replace recorded ones of the section `cluster`.
         model: the factory, where the run was started with one.
+        keep: replaces the recorded `storage.keep_activations`.
+        repair: go by plan.json where run.json is damaged; see `find_record`.
 
     Raises:
         ObjectMissing: there is no such run.
-        ObjectCorrupt: run.json cannot be read.
+        ObjectCorrupt: run.json is missing, damaged, or not the one that the blocks were trained by.
         ConfigError: the run names a factory that `model` does not.
     """
     store_uri, run = split_run_uri(uri)
     store = open_store(store_uri)
-    record = read_json(store, RunLayout(run).run_json)
+    record, problem = find_record(store, RunLayout(run))
+    if problem and not repair:
+        raise ObjectCorrupt(problem, store.uri, _record_fix(store, RunLayout(run)))
     if record is None:
         raise ObjectMissing(f"there is no run {run!r}", store.uri, "check the name, or start it with train")
-    try:
-        document = {**record["config"]}
-    except (KeyError, TypeError):
-        raise ObjectCorrupt("run.json holds no configuration", f"{store.uri}/{run}") from None
+    document = {**record["config"]}
     # A run that was copied or moved is where it is found, not where it was written.
-    document["storage"] = {**document.get("storage", {}), "uri": store.uri}
+    policy = {"keep_activations": keep} if keep is not None else {}
+    document["storage"] = {**document.get("storage", {}), "uri": store.uri, **policy}
     document["run"] = run
     document["cluster"] = {**(document.get("cluster") or {}), **(cluster or {})}
     config = validate_config(document)
@@ -117,9 +136,9 @@ def load_plan(store: Store, layout: RunLayout) -> Plan:
 
     Raises:
         ObjectMissing: the run has not been planned.
-        ObjectCorrupt: plan.json cannot be read.
+        ObjectCorrupt: plan.json is damaged.
     """
-    document = read_json(store, layout.plan_json)
+    document = read_sealed(store, layout.plan_json)
     if document is None:
         raise ObjectMissing(f"{layout.plan_json} is not there", store.uri, "resume the run: it is planned then")
     return plan_of(document, store.uri)
@@ -134,27 +153,114 @@ def plan_of(document: dict[str, Any], store_uri: str) -> Plan:
     planned = {key: value for key, value in document.items() if key not in PLAN_RECORD_KEYS}
     try:
         return Plan.from_json(planned)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ObjectCorrupt(f"plan.json is damaged: {error}", store_uri, "delete it and resume") from None
+    except ValueError as error:
+        fix = "delete it and resume: the run is planned anew"
+        raise ObjectCorrupt(f"plan.json is damaged: {error}", store_uri, fix) from None
 
 
-def read_json(store: Store, key: str) -> dict[str, Any] | None:
-    """Reads a JSON object, None if there is none.
+def plan_record(config: RunConfig, fingerprint: str, placed_on: str, planned: dict[str, Any]) -> dict[str, Any]:
+    """Returns what plan.json is to hold.
+
+    Args:
+        config: of the run, as workers get it.
+        fingerprint: of the plan, see `plan_fingerprint`.
+        placed_on: device that stages are placed on.
+        planned: as `Plan.to_json` returns it.
+    """
+    record = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "placed_on": placed_on}
+    return {**record, "config": config.model_dump(mode="json"), **planned}
+
+
+def read_run(store: Store, layout: RunLayout) -> dict[str, Any] | None:
+    """Reads run.json, None if there is none.
 
     Raises:
-        ObjectCorrupt: it is not a JSON object.
+        ObjectCorrupt: it was changed.
+        RunConflict: it is another run's.
+        StorageError: it is another version's.
     """
     try:
-        document = json.loads(bytes(store.get(key)))
-    except ObjectMissing:
+        record = read_sealed(store, layout.run_json)
+    except ObjectCorrupt as error:
+        raise ObjectCorrupt(error.what, store.uri, _record_fix(store, layout)) from None
+    if record is None:
         return None
-    except ValueError as error:
-        raise ObjectCorrupt(
-            f"{key} is not JSON: {error}", store.uri, f"repair or delete {key}, then train again"
-        ) from None
-    if not isinstance(document, dict):
-        raise ObjectCorrupt(f"{key} is a JSON {type(document).__name__}, want an object", store.uri)
-    return document
+    version, run = record.get("format_version"), record.get("run")
+    if version != FORMAT_VERSION:
+        what = f"{layout.run_json}: format_version: got {version!r}, want {FORMAT_VERSION}"
+        raise StorageError(what, store.uri, "use the version of this program that wrote the run")
+    if not _has_sections(record.get("config")):
+        raise ObjectCorrupt(f"{layout.run_json} holds no configuration", store.uri, _record_fix(store, layout))
+    if run != layout.run:
+        what = f"{layout.run_json} at {store.uri} is that of run {run!r}, whose manifests name their objects by it"
+        raise RunConflict(
+            what, f"move the run back to {run}; if only run.json is wrong: {_record_fix(store, layout)}"
+        )
+    return record
+
+
+def _has_sections(config: Any) -> bool:
+    sections = [name.partition(".")[0] for name in field_names() if "." in name]
+    return isinstance(config, dict) and all(isinstance(config.get(name, {}), dict) for name in sections)
+
+
+def find_record(store: Store, layout: RunLayout) -> tuple[dict[str, Any] | None, str]:
+    """Finds the record to go by when a run is repaired.
+
+    Returns:
+        What run.json says or, where that is damaged or another run's, what it must have said as plan.json knows it;
+        None if there is no record at all. And what is wrong with run.json, "" if nothing.
+
+    Raises:
+        ObjectCorrupt: run.json is damaged and plan.json does not help.
+        RunConflict: the whole run is that of another name.
+        StorageError: the run is another version's.
+    """
+    planned = _planned_record(store, layout)
+    try:
+        record = read_run(store, layout)
+    except (ObjectCorrupt, RunConflict) as error:
+        if planned is None or planned["run"] != layout.run:
+            raise
+        return planned, error.what
+    if planned is None or (record is not None and record.get("fingerprint") == planned["fingerprint"]):
+        return record, ""
+    if record is None:
+        return planned, f"{layout.run_json} is missing"
+    if _fits_blocks(store, layout):
+        found, wanted = record.get("fingerprint"), planned["fingerprint"]
+        return planned, f"{layout.run_json}: fingerprint: got {found}, want {wanted} as in plan.json and the blocks"
+    return record, ""
+
+
+def _record_fix(store: Store, layout: RunLayout) -> str:
+    planned = _planned_record(store, layout)
+    if planned is None or planned["run"] != layout.run:
+        return f"delete {layout.run_json} and give the train command again that began the run: what fits it is kept"
+    return f"{repair_command(store, layout.run)}, which writes it again as plan.json knows it"
+
+
+def _planned_record(store: Store, layout: RunLayout) -> dict[str, Any] | None:
+    try:
+        document = read_sealed(store, layout.plan_json)
+        return None if document is None else _record_of(validate_config(document["config"]))
+    except (ObjectCorrupt, ConfigError, KeyError, TypeError):
+        return None
+
+
+def _fits_blocks(store: Store, layout: RunLayout) -> bool:
+    """Tells whether blocks were trained as plan.json says: then it is the run's own."""
+    document = read_sealed(store, layout.plan_json) or {}
+    config = validate_config(document["config"])
+    for block in plan_of(document, store.uri).blocks:
+        try:
+            manifest = read_manifest(store, layout.block_manifest(block.block_idx))
+        except ObjectCorrupt:
+            continue
+        if manifest is not None:
+            last = num_rounds(config) - 1
+            return manifest.fingerprint == block_fingerprint(config, block, last, manifest.input_checksum)
+    return False
 
 
 def _conflict(store: Store, config: RunConfig, recorded: dict[str, Any]) -> RunConflict:
@@ -164,7 +270,7 @@ def _conflict(store: Store, config: RunConfig, recorded: dict[str, Any]) -> RunC
         for section, values in config.model_dump(mode="json").items()
         if isinstance(values, dict) and section != "cluster"
         for field, value in values.items()
-        if (section, field) != ("storage", "uri") and there.get(section, {}).get(field) != value
+        if (section, field) not in _NOT_COMPARED and there.get(section, {}).get(field) != value
     ]
     return RunConflict(
         f"run {config.run!r} at {store.uri} has blocks of another configuration: {'; '.join(differences)}",

@@ -14,13 +14,16 @@ from nf_pipeline.errors import (
     ObjectCorrupt,
     OutOfBudget,
     RunInterrupted,
+    StageOutdated,
     StageStopped,
 )
 from nf_pipeline.events import Event, Note, StageDone, StageFailed, StageSkipped
 from nf_pipeline.executors.base import Executor, IsWanted, Resources, always
+from nf_pipeline.redact import redacted
 from nf_pipeline.retry import Decision, decide
 from nf_pipeline.storage.layout import new_attempt_id
 from nf_pipeline.storage.manifest import StageManifest, read_manifest, verify_manifest
+from nf_pipeline.storage.sealed import repair_fix
 from nf_pipeline.storage.store import Store
 
 MakeTask = Callable[[str, int, int], Any]
@@ -74,25 +77,27 @@ class StageRunner:
             fix: what to do about objects that are damaged, where repeating this stage alone will not do.
 
         Raises:
-            ObjectCorrupt: the manifest belongs to other work, or names objects that are missing or cut short.
+            StageOutdated: the manifest belongs to other work.
+            ObjectCorrupt: it is damaged, or names objects that are missing or cut short.
         """
         manifest = read_manifest(self.store, key)
         if manifest is None:
             return None
         if fingerprint is not None and manifest.fingerprint != fingerprint:
-            raise ObjectCorrupt(
+            raise StageOutdated(
                 f"{key} has fingerprint {manifest.fingerprint}, this run's configuration and inputs give "
                 f"{fingerprint}",
                 self.store.uri,
-                f"delete {key} to repeat {stage}, or use another --run name",
+                fix or repair_fix(self.store, key),
+                key,
             )
         problems = verify_manifest(self.store, manifest)
         if problems:
             raise ObjectCorrupt(
-                f"{stage} is committed, but {len(problems)} of its objects are not there as written: "
+                f"{stage} is committed, but {len(problems)} objects that {key} names are not there as written: "
                 f"{'; '.join(problems[:3])}",
                 self.store.uri,
-                fix or f"delete {key} and resume: {stage} is repeated from its input",
+                fix or repair_fix(self.store, key),
             )
         self._log.add(StageSkipped(stage=stage, note="finished before, verified"))
         return manifest
@@ -129,7 +134,8 @@ class StageRunner:
                     self.stop.check()  # ended before it began, because that was asked for
                 failures[type(error)] += 1
                 decision = decide(error, failures[type(error)])
-                failed = StageFailed(stage=work.name, attempt=attempt, error=type(error).__name__, text=str(error))
+                text = redacted(str(error))
+                failed = StageFailed(stage=work.name, attempt=attempt, error=type(error).__name__, text=text)
                 self._log.add(failed)
                 listen(failed)
                 if decision is Decision.RAISE:

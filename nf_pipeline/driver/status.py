@@ -4,21 +4,27 @@ A stage is done when its commit exists; everything else comes from the run's eve
 was last heard of a stage, not whether its worker still lives. Entry: `read_status`.
 """
 
-import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nf_pipeline.driver.run_record import load_plan, read_json
+from nf_pipeline.documents import parse_json, read_fields
+from nf_pipeline.driver.run_record import load_plan, read_run
 from nf_pipeline.driver.stages import commit_key, stage_names
 from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
+from nf_pipeline.events import EpochDone, Event, Note, Publishing, StageDone, StageFailed, StageSkipped, StageStarted
 from nf_pipeline.plans import Plan
 from nf_pipeline.run_uri import join_run_uri, split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import Store, open_store
 
-_STATE_AFTER = {"StageStarted": "running", "EpochDone": "running", "StageFailed": "failed"}
+_LOOK_UP_THREADS = 8
+_STATE_AFTER = {StageStarted: "running", EpochDone: "running", StageFailed: "failed"}
+_EVENTS = {
+    kind.__name__: kind for kind in (StageStarted, EpochDone, StageFailed, StageDone, StageSkipped, Publishing, Note)
+}
 
 
 @dataclass(kw_only=True)
@@ -71,14 +77,14 @@ def read_status(uri: str) -> dict[str, Any]:
         ObjectCorrupt: run.json, plan.json or the event log cannot be read.
     """
     store, layout = _open_run(uri)
-    record = read_json(store, layout.run_json)
+    record = read_run(store, layout)
     if record is None:
         raise ObjectMissing(f"there is no run {layout.run!r}", store.uri, "check STORE/NAME")
     plan = _read_plan(store, layout)
     # Events before commits: a stage that ends in between then shows as done, never as running for ever.
     stages = _fold(stage_names(plan), _read_events(store, layout), time.time())
-    for status in stages:
-        if store.size(commit_key(layout, status.stage)) is not None:
+    for status, is_done in zip(stages, _committed(store, layout, stages), strict=True):
+        if is_done:
             status.state = "done"
     return {
         "uri": join_run_uri(split_run_uri(uri)[0], layout.run),
@@ -104,6 +110,13 @@ def overall_state(states: list[str]) -> str:
     return "waiting"
 
 
+def _committed(store: Store, layout: RunLayout, stages: Sequence[StageStatus]) -> list[bool]:
+    """Looks for every stage's commit, several at a time: a deep network has a hundred blocks."""
+    keys = [commit_key(layout, status.stage) for status in stages]
+    with ThreadPoolExecutor(_LOOK_UP_THREADS, thread_name_prefix="status") as pool:
+        return [size is not None for size in pool.map(store.size, keys)]
+
+
 def _open_run(uri: str) -> tuple[Store, RunLayout]:
     store_uri, run = split_run_uri(uri)
     return open_store(store_uri), RunLayout(run)
@@ -116,46 +129,56 @@ def _read_plan(store: Store, layout: RunLayout) -> Plan | None:
         return None
 
 
-def _read_events(store: Store, layout: RunLayout) -> list[dict[str, Any]]:
+def _read_events(store: Store, layout: RunLayout) -> list[Event]:
     try:
         lines = bytes(store.get(layout.events_jsonl)).splitlines()
     except ObjectMissing:
         return []
-    try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise ObjectCorrupt(
-            f"{layout.events_jsonl} has a line that is no JSON: {error}",
-            store.uri,
-            "delete it: only its history is lost",
-        ) from None
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(_event(line) if line.strip() else None)
+        except ValueError as error:
+            raise ObjectCorrupt(
+                f"{layout.events_jsonl}: line {number} is no event: {error}",
+                store.uri,
+                "delete it: only its history is lost",
+            ) from None
+    return [event for event in events if event is not None]
 
 
-def _fold(names: list[str], events: Iterable[dict[str, Any]], now_s: float) -> list[StageStatus]:
+def _event(line: bytes) -> Event | None:
+    """Reads one event; None for those that say nothing about a stage's state, or that a later version wrote."""
+    document = parse_json(line)
+    if not isinstance(document, dict):
+        raise ValueError(f"got {type(document).__name__}, want an object")
+    kind = _EVENTS.get(str(document.pop("event", "")))
+    return None if kind is None else read_fields(kind, document)
+
+
+def _fold(names: list[str], events: Iterable[Event], now_s: float) -> list[StageStatus]:
     statuses = {name: StageStatus(stage=name) for name in names}
     for event in events:
-        status = statuses.get(event["stage"])
+        status = statuses.get(event.stage)
         if status is None:
             continue
-        status.state = _STATE_AFTER.get(event["event"], status.state)
-        status.updated_s = round(max(0.0, now_s - event["time_s"]), 1)
+        status.state = _STATE_AFTER.get(type(event), status.state)
+        status.updated_s = round(max(0.0, now_s - event.time_s), 1)
         _take(status, event)
     return list(statuses.values())
 
 
-def _take(status: StageStatus, event: dict[str, Any]) -> None:
-    if event["event"] == "StageStarted":
-        status.attempt, status.worker = event["attempt"], event["worker"]
-        round_idx = event.get("round_idx", 0)
-        status.attempts = status.attempts + 1 if round_idx == status.round_idx else 1
-        status.round_idx = round_idx
-        status.epoch = event["resumed_epochs"]
-    elif event["event"] == "EpochDone":
-        status.epoch, status.num_epochs = event["epoch"], event["num_epochs"]
-        status.loss = event["losses"][-1] if event["losses"] else None
-        status.val_accuracy = event["val_accuracies"][-1] if event["val_accuracies"] else None
-        status.peak_bytes = event["peak_bytes"]
-    elif event["event"] == "StageFailed":
-        status.error = f"{event['error']}: {event['text']}"
-    elif event["event"] == "StageDone":
-        status.seconds = round(event["seconds"], 3)
+def _take(status: StageStatus, event: Event) -> None:
+    if isinstance(event, StageStarted):
+        status.attempt, status.worker = event.attempt, event.worker
+        status.attempts = status.attempts + 1 if event.round_idx == status.round_idx else 1
+        status.round_idx, status.epoch = event.round_idx, event.resumed_epochs
+    elif isinstance(event, EpochDone):
+        status.epoch, status.num_epochs = event.epoch, event.num_epochs
+        status.loss = event.losses[-1] if event.losses else None
+        status.val_accuracy = event.val_accuracies[-1] if event.val_accuracies else None
+        status.peak_bytes = event.peak_bytes
+    elif isinstance(event, StageFailed):
+        status.error = f"{event.error}: {event.text}"
+    elif isinstance(event, StageDone):
+        status.seconds = round(event.seconds, 3)

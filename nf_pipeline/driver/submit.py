@@ -20,6 +20,7 @@ from nf_pipeline.config import RunConfig
 from nf_pipeline.data.sources import DIGITS, absolute_source
 from nf_pipeline.errors import EXIT_BLOCK, EXIT_DONE, ConfigError
 from nf_pipeline.executors.ray_jobs import Job, RayJobs, SubmissionIdTaken
+from nf_pipeline.redact import holds_credentials, names_a_secret
 from nf_pipeline.run_uri import join_run_uri
 from nf_pipeline.storage.store import open_store
 
@@ -44,7 +45,7 @@ class RunRequest:
 
     Attributes:
         config: as the job reads it: paths are absolute, stages run as Ray tasks of the job's own cluster.
-        environment: variables that the job gets; may hold credentials, never to be printed.
+        environment: variables that the job gets; no credentials.
         working_dir: local folder that is shipped beside the configuration; None ships nothing else.
         notes: what a person should know, one line each.
     """
@@ -97,7 +98,8 @@ def prepare(config: RunConfig, variables: Sequence[str] = (), working_dir: Path 
         working_dir: local folder with the code of the model's factory.
 
     Raises:
-        ConfigError: it asks for the inline executor, a variable is not set, or there is no such folder.
+        ConfigError: it asks for the inline executor, a variable is not set or holds a credential, or there is no such
+            folder.
     """
     if config.cluster.executor != "ray":
         raise ConfigError(
@@ -211,6 +213,12 @@ def _handed_on(variables: Sequence[str]) -> dict[str, str]:
             )
         if name not in os.environ:
             raise ConfigError(f"--env {name}: there is no such variable here", f"export {name}, or leave it out")
+        if names_a_secret(name) or holds_credentials(os.environ[name]):
+            raise ConfigError(
+                f"--env {name}: it holds a credential (not shown), and Ray shows the environment of jobs to "
+                "everybody who may use its API, and keeps it in its logs",
+                f"set {name} where the cluster's nodes are started",
+            )
     return {name: os.environ[name] for name in variables}
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
-from nf_pipeline.config import DataConfig
+from nf_pipeline.config import DataConfig, images_config
 from nf_pipeline.core.exit_model import ExitModel, Normalise
 from nf_pipeline.data.images import open_images, open_labelled, resize_for
 from nf_pipeline.data.predictor import classify
@@ -169,7 +169,7 @@ def export(uri: str, format_name: str, output: str, model: str | None = None) ->
 
 
 def _input_config(images: str, shape: tuple[int, int, int], image_column: str | None) -> DataConfig:
-    return DataConfig(source=images, image_size=resize_for(shape), image_column=image_column)
+    return images_config(source=images, image_size=resize_for(shape), image_column=image_column)
 
 
 def _batches(

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,8 +112,7 @@ class RayExecutor:
         self._num_placed = 0
         self._owns_ray = not ray.is_initialized()
         self._is_local = self._owns_ray and cluster.address is None
-        if self._owns_ray:
-            connect(cluster)
+        self._connection = connect(cluster) if self._owns_ray else ExitStack()
         self._metrics = RunMetrics(run) if run is not None else None
 
     @property
@@ -165,8 +164,7 @@ class RayExecutor:
 
     def close(self) -> None:
         """Stops the local Ray, or leaves the cluster it joined."""
-        if self._owns_ray and ray.is_initialized():
-            ray.shutdown()
+        self._connection.close()
 
     def __enter__(self) -> "RayExecutor":
         return self

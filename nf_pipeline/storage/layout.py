@@ -22,7 +22,20 @@ from nf_pipeline.errors import InternalError
 
 _BLOCK_STAGE = re.compile(r"block-(\d{3,})")
 _LOCK = re.compile(r"/lock/(\d{8,})\.json$")
+_SHARD = re.compile(r"/attempt-[^/]+/activations/[^/]+\.parquet$")
 _ROUND_MANIFEST = re.compile(r"/rounds/(\d{5,})/manifest\.json$")
+
+
+def commit_home(key: str) -> str:
+    """Returns the prefix of everything that a commit may name: that of its stage, for the commit of a round too."""
+    return _ROUND_MANIFEST.sub("", key).removesuffix("/manifest.json")
+
+
+def stage_home(key: str, stage: str) -> str | None:
+    """Returns the prefix that a stage has in the run of a key; None if there is no such stage."""
+    layout = RunLayout(key.partition("/")[0])
+    is_known = stage in ("ingest", "model") or _BLOCK_STAGE.fullmatch(stage)
+    return layout.stage_prefix(stage) if is_known else None
 
 
 def new_attempt_id() -> str:
@@ -129,9 +142,13 @@ class RunLayout:
         match = _ROUND_MANIFEST.search(key)
         return int(match.group(1)) if match else None
 
+    def publications(self, block_idx: int) -> str:
+        """Prefix of the records of what is being written."""
+        return f"{self.block(block_idx)}/publishing/"
+
     def publication(self, block_idx: int, round_idx: int, part: int) -> str:
         """Record of the shards that one writer has finished while a round's activations are being written."""
-        return f"{self.block(block_idx)}/publishing/{round_idx:05d}-{part:03d}.json"
+        return f"{self.publications(block_idx)}{round_idx:05d}-{part:03d}.json"
 
     def part_record(self, prefix: str, part: int) -> str:
         """Shards that one of several workers wrote, below a block attempt's prefix."""
@@ -156,6 +173,10 @@ class RunLayout:
     def shard(self, prefix: str, split: str, shard_idx: int) -> str:
         """Key of one shard of activations below a block attempt's prefix."""
         return f"{prefix}/activations/{split}-{shard_idx:05d}.parquet"
+
+    def is_shard(self, key: str) -> bool:
+        """Whether a key is a `shard` of activations."""
+        return _SHARD.search(key) is not None
 
     @property
     def model(self) -> str:

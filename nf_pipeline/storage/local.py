@@ -8,12 +8,13 @@ import errno
 import io
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from nf_pipeline.errors import AlreadyExists, ObjectMissing, StorageError
+from nf_pipeline.storage.leftovers import Leftover
 from nf_pipeline.storage.store import Data, check_key, open_store
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -91,6 +92,13 @@ class LocalStore:
                     with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
                         found.append((path.relative_to(self._root).as_posix(), path.stat().st_size))
         return sorted(found)
+
+    def leftovers(self, prefix: str, *, min_age_s: float) -> Sequence[Leftover]:
+        """Finds none: half-written files are listed like objects (see `Store.leftovers`)."""
+        return []
+
+    def discard(self, leftovers: Iterable[Leftover]) -> None:
+        """Removes what `leftovers` found, which is nothing (see `Store.discard`)."""
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)

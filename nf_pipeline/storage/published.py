@@ -11,14 +11,17 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
+from nf_pipeline.documents import parse_json, read_fields
 from nf_pipeline.errors import InputReplaced, ObjectCorrupt, ObjectMissing, StorageError
 from nf_pipeline.storage.manifest import StageManifest, read_manifest
-from nf_pipeline.storage.shards import ShardInfo
+from nf_pipeline.storage.shards import ShardInfo, read_shard_info
 from nf_pipeline.storage.store import Store
 
 POLL_S = 0.25
 MIN_UPDATE_S = 0.5
+REST_PER_COST = 5  # who writes or reads a record rests so many times as long as that took: it grows with every shard
 
 
 class Publication:
@@ -35,24 +38,32 @@ class Publication:
         self._key = key
         self._attempt = attempt
         self._lock = threading.Lock()
-        self._shards: dict[int, ShardInfo] = {}
-        self._stored_s = 0.0
+        self._shards: dict[int, str] = {}  # as JSON, made once
+        self._due_s = 0.0
         self.flush()
 
     def add(self, shard_idx: int, shard: ShardInfo) -> None:
-        """Notes a finished shard; the record is stored at most twice a second."""
+        """Notes a finished shard; the record is stored at most twice a second, and less often once it is long."""
         with self._lock:
-            self._shards[shard_idx] = shard
-            is_due = time.monotonic() - self._stored_s > MIN_UPDATE_S
+            self._shards[shard_idx] = json.dumps(asdict(shard))
+            is_due = time.monotonic() > self._due_s
         if is_due:
             self.flush()
 
     def flush(self) -> None:
         """Stores the record as it is now."""
         with self._lock:
-            self._stored_s = time.monotonic()
-            shards = {shard_idx: asdict(shard) for shard_idx, shard in self._shards.items()}
-            self._store.put(self._key, json.dumps({"attempt": self._attempt, "shards": shards}).encode())
+            began_s = time.monotonic()
+            shards = ", ".join(f'"{shard_idx}": {shard}' for shard_idx, shard in self._shards.items())
+            self._store.put(self._key, f'{{"attempt": {json.dumps(self._attempt)}, "shards": {{{shards}}}}}'.encode())
+            ended_s = time.monotonic()
+            self._due_s = max(began_s + MIN_UPDATE_S, ended_s + REST_PER_COST * (ended_s - began_s))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    attempt: str
+    shards: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +140,14 @@ class Announcements:
 
     def _read_part(self, part: int, key: str) -> None:
         try:
-            document = json.loads(bytes(self._store.get(key)))
-            attempt, shards = document["attempt"], document["shards"]
-            self._parts[part] = {int(idx): ShardInfo(**shard) for idx, shard in shards.items()}
+            document = read_fields(_Record, parse_json(self._store.get(key)))
+            shards = {int(idx): read_shard_info(shard) for idx, shard in document.shards.items()}
         except ObjectMissing:
             return
-        except (ValueError, TypeError, KeyError) as error:
+        except ValueError as error:
             raise ObjectCorrupt(f"{key} is no record of shards: {error}", self._store.uri, "resume the run") from None
-        self._pin(attempt)
+        self._parts[part] = shards
+        self._pin(document.attempt)
 
     def _pin(self, attempt: str) -> None:
         if self._attempt is None:
@@ -197,6 +208,7 @@ class PublishedShards:
         """
         part, shard_idx, first = self._places[idx]
         known, heard = self._announcements.num_known, time.monotonic()
+        rest_s = POLL_S
         while True:
             shard = self._announcements.shard(self._split, part, shard_idx, first)
             if shard is not None:
@@ -205,9 +217,11 @@ class PublishedShards:
                 known, heard = self._announcements.num_known, time.monotonic()
             if time.monotonic() - heard > self._timeout_s:
                 raise self._announcements.silent(self._timeout_s)
-            if self._closed.wait(POLL_S):
+            if self._closed.wait(rest_s):
                 raise StorageError("nobody waits for shards any more")
+            began_s = time.monotonic()
             self._announcements.poll()
+            rest_s = max(POLL_S, REST_PER_COST * (time.monotonic() - began_s))
 
     def close(self) -> None:
         """Ends every wait."""

@@ -18,10 +18,13 @@ import numpy as np
 
 from nf_pipeline.errors import ObjectCorrupt, StorageError
 from nf_pipeline.storage.parts import WHOLE, Part, divide_rows, step_sizes
-from nf_pipeline.storage.shards import REPEAT_FIX, Shard, ShardInfo, TensorSpec, read_shard
+from nf_pipeline.storage.sealed import repair_fix
+from nf_pipeline.storage.shards import Shard, ShardInfo, TensorSpec, read_shard
 from nf_pipeline.storage.store import Store
 
 STORED_TIMEOUT_S = 300.0
+WINDOW_SHARDS = 4
+PREFETCH_THREADS = 2
 _ALIGNMENT_BYTES = 64
 
 
@@ -121,8 +124,8 @@ class ShardReader:
         *,
         batch_size: int,
         part: Part = WHOLE,
-        window_shards: int = 4,
-        prefetch_threads: int = 2,
+        window_shards: int = WINDOW_SHARDS,
+        prefetch_threads: int = PREFETCH_THREADS,
     ) -> None:
         self.wait_s = 0.0
         self._store = store
@@ -239,7 +242,7 @@ class ShardReader:
         info, num_rows = self._shards.get(piece.shard_idx), self._shards.num_rows(piece.shard_idx)
         if info.num_rows != num_rows:
             what = f"shard {info.key} has {info.num_rows} rows, want {num_rows}"
-            raise ObjectCorrupt(what, self._store.uri, REPEAT_FIX)
+            raise ObjectCorrupt(what, self._store.uri, repair_fix(self._store, info.key))
         shard = read_shard(self._store, info, self._spec)
         return shard if len(piece.rows) == num_rows else _cut(shard, piece.rows)
 
@@ -251,6 +254,11 @@ class ShardReader:
         if late and not failed:
             raise TimeoutError(f"{len(late)} of {len(pending)} shards did not arrive within {timeout_s:.0f} s")
         return [fetch.result() for fetch in failed or pending]
+
+
+def reader_bytes(shard_bytes: int) -> int:
+    """Returns what a reader holds of its host's memory at most: two windows, and the encoded shards under way."""
+    return (2 * WINDOW_SHARDS + PREFETCH_THREADS) * shard_bytes
 
 
 class _BatchFiller:

@@ -7,25 +7,32 @@ what the objects contain. Opened by `store.open_store`.
 """
 
 import contextlib
+import itertools
 import logging
+import math
 import os
-import re
 import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
-from nf_pipeline.errors import AlreadyExists, ConfigError, ObjectMissing, StorageError
+from nf_pipeline.errors import AlreadyExists, ConfigError, ObjectMissing, StorageError, StoreUnreachable
+from nf_pipeline.redact import holds_credentials, redacted
+from nf_pipeline.storage.leftovers import PROBE_PREFIX, Leftover, discard_leftover, find_leftovers
 from nf_pipeline.storage.store import Data, check_key, open_store
 
 _logger = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 30
 OPERATION_TIMEOUT_S = 300.0
 MAX_ATTEMPTS = 4
+OUTAGE_TIMEOUT_S = 120.0
+_OUTAGE_WAITS_S = (1.0, 2.0, 5.0)
 
 _ONE_PUT_BYTES = 2**30  # s3fs turns objects of twice this size into a multipart upload
 _DELETE_THREADS = 8
@@ -46,21 +53,25 @@ _REFUSED = (
 _TAKEN = ("PreconditionFailed", "412")
 _CONFLICT = ("ConditionalRequestConflict", "OperationAborted", "409")
 _NO_CONDITIONS = ("NotImplemented", "501", "InvalidArgument", "InvalidRequest")
+_BUSY_STATUS = (408, 429, 500, 502, 503, 504)
 _CONFLICT_WAITS_S = (0.2, 0.5, 1.0, 2.0)
 
 _FIX_BUCKET = "create the bucket, or correct --store"
 _FIX_REFUSED = "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if used, AWS_SESSION_TOKEN for this endpoint"
+_FIX_TLS = (
+    "AWS_ENDPOINT_URL with the name that the certificate is for, and AWS_CA_BUNDLE=FILE with the certificate of its "
+    "authority where that is your own"
+)
 _FIX_REACH = "check AWS_ENDPOINT_URL, the network and that the server runs, then resume"
-
-_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-_USER_INFO = re.compile(r"//[^/@\s]+@")
 
 
 class S3Store:
     """Objects below a prefix of a bucket, which must exist.
 
     Endpoint, region and credentials come from the environment when the store is opened. Requests are retried
-    with backoff; none takes longer than OPERATION_TIMEOUT_S. s3fs runs one event loop in a thread of its own,
+    with backoff; none takes longer than OPERATION_TIMEOUT_S. A server that has answered before and falls silent
+    is asked again until OUTAGE_TIMEOUT_S have passed, so that a restart of it costs time and no work; one that has
+    never answered fails at once. s3fs runs one event loop in a thread of its own,
     which is why a store can be used from any thread, but not in a forked child.
 
     Args:
@@ -73,6 +84,7 @@ class S3Store:
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._files = connect(self.uri)
+        self._silent_since = -math.inf  # monotonic seconds; inf while the server answers
         self._conditional: bool | None = None
         self._probe_lock = threading.Lock()
 
@@ -87,7 +99,7 @@ class S3Store:
         path = f"{self._bucket}/{self._name(key)}"
         try:
             # One stream per object: s3fs would ask for the size first, and split what is larger than 50 MiB.
-            return self._files.cat_file(path, max_concurrency=1, timeout=OPERATION_TIMEOUT_S)
+            return self._ask(lambda: self._files.cat_file(path, max_concurrency=1, timeout=OPERATION_TIMEOUT_S))
         except s3_failures() as error:
             raise self._explain(error, "read", key) from None
 
@@ -137,6 +149,15 @@ class S3Store:
                 return sorted(found)
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
+    def leftovers(self, prefix: str, *, min_age_s: float) -> Sequence[Leftover]:
+        """Lists unfinished uploads and forgotten probes (see `Store.leftovers`)."""
+        return find_leftovers(self._call, self._prefix, prefix, min_age_s)
+
+    def discard(self, leftovers: Iterable[Leftover]) -> None:
+        """Removes leftovers (see `Store.discard`)."""
+        for leftover in leftovers:
+            discard_leftover(self._call, self._prefix, leftover)
+
     def _delete_one(self, key: str) -> None:
         with contextlib.suppress(ObjectMissing):
             self._call("delete", key, "delete_object", Key=self._name(key))
@@ -171,7 +192,7 @@ class S3Store:
             return self._conditional
 
     def _probe(self) -> bool:
-        key = f".nf-probe-{secrets.token_hex(8)}"
+        key = f"{PROBE_PREFIX}{secrets.token_hex(8)}"
         self.put(key, b"1")
         try:
             return self._put_if_absent(key, b"2", "probe") in _TAKEN
@@ -193,7 +214,8 @@ class S3Store:
     def _pipe(self, key: str, data: Data, **options: Any) -> None:
         body = data if isinstance(data, bytes) else bytes(data)  # botocore takes no memoryview
         path = f"{self._bucket}/{self._name(key)}"
-        self._files.pipe_file(path, body, chunksize=_ONE_PUT_BYTES, timeout=OPERATION_TIMEOUT_S, **options)
+        settings = {"chunksize": _ONE_PUT_BYTES, "timeout": OPERATION_TIMEOUT_S, **options}
+        self._ask(lambda: self._files.pipe_file(path, body, **settings))
 
     def _head(self, key: str) -> dict[str, Any] | None:
         try:
@@ -203,10 +225,37 @@ class S3Store:
             return None
 
     def _call(self, verb: str, key: str, method: str, **arguments: Any) -> dict[str, Any]:
+        settings = {"Bucket": self._bucket, "timeout": OPERATION_TIMEOUT_S, **arguments}
         try:
-            return self._files.call_s3(method, Bucket=self._bucket, timeout=OPERATION_TIMEOUT_S, **arguments)
+            return self._ask(lambda: self._files.call_s3(method, **settings))
         except s3_failures() as error:
             raise self._explain(error, verb, key, method) from None
+
+    def _ask(self, request: Callable[[], _Answer]) -> _Answer:
+        """Sends a request, again and again while the server is away for less than OUTAGE_TIMEOUT_S."""
+        waits = itertools.chain(_OUTAGE_WAITS_S, itertools.repeat(_OUTAGE_WAITS_S[-1]))
+        began = time.monotonic()
+        while True:
+            try:
+                answer = request()
+            except s3_failures() as error:
+                wait_s = next(waits)
+                if not may_pass(error):
+                    self._silent_since = math.inf if _response_of(error) else self._silent_since
+                    raise
+                if not self._has_patience(began, wait_s):
+                    raise
+                _logger.warning("%s does not answer (%s): asked again", self.uri, redacted(str(error)))
+                time.sleep(wait_s)
+            else:
+                self._silent_since = math.inf
+                return answer
+
+    def _has_patience(self, began: float, wait_s: float) -> bool:
+        # All threads share the clock: after one outage that was too long nothing waits until the server is back.
+        # Where others are answered meanwhile (reads pass, writes do not), a request's own time is what ends it.
+        self._silent_since = min(self._silent_since, began)
+        return time.monotonic() + wait_s <= self._silent_since + OUTAGE_TIMEOUT_S
 
     def _name(self, key: str) -> str:
         return self._prefix + check_key(key)
@@ -228,8 +277,9 @@ def connect(uri: str) -> Any:
     import s3fs
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-    if endpoint and _USER_INFO.search(endpoint):
+    if endpoint and holds_credentials(endpoint):
         raise ConfigError(f"store {uri}: AWS_ENDPOINT_URL holds credentials (not shown)", "remove them there")
+    _check_authorities(uri)
     config = {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "read_timeout": READ_TIMEOUT_S,
@@ -242,16 +292,30 @@ def connect(uri: str) -> Any:
     if endpoint:
         config["s3"] = {"addressing_style": "path"}  # bucket.host needs DNS that few own servers have
     try:
+        # client_kwargs is given, though empty, so that no configuration file of fsspec can turn off the verification
+        # of certificates. Which authorities are trusted is up to AWS_CA_BUNDLE, which botocore reads.
         files = s3fs.S3FileSystem(
-            endpoint_url=endpoint, config_kwargs=config, use_listings_cache=False, skip_instance_cache=True
+            endpoint_url=endpoint,
+            config_kwargs=config,
+            client_kwargs={},
+            use_listings_cache=False,
+            skip_instance_cache=True,
         )
         files.retries = 2  # of bodies that break off; botocore retries everything else
         files.connect()
     except ValueError as error:
-        raise ConfigError(f"store {uri}: {_redact(str(error))}", "correct AWS_ENDPOINT_URL") from None
+        raise ConfigError(f"store {uri}: {redacted(str(error))}", "correct AWS_ENDPOINT_URL") from None
     except s3_failures() as error:
         raise explain_failure(error, "cannot open the store", uri) from None
     return files
+
+
+def _check_authorities(uri: str) -> None:
+    """Finds in a moment what would otherwise look like a server that does not answer."""
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        bundle = os.environ.get(name)
+        if bundle is not None and not os.path.isfile(bundle):
+            raise ConfigError(f"store {uri}: {name} is {bundle!r}, which is no file", f"correct {name}, or unset it")
 
 
 def s3_failures() -> tuple[type[Exception], ...]:
@@ -263,30 +327,43 @@ def s3_failures() -> tuple[type[Exception], ...]:
     return OSError, BotoCoreError, ClientError, ResponseParserError, HttpError
 
 
-def _code_of(error: BaseException) -> str:
-    """Returns S3's own code, which s3fs keeps in the cause; "" if no answer came."""
+def may_pass(error: Exception) -> bool:
+    """Tells whether one of `s3_failures` says that the server is away or busy, rather than that it refuses."""
+    from botocore.exceptions import BotoCoreError, ConnectionError, HTTPClientError, SSLError
+
+    response = _response_of(error)
+    if response:
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode") in _BUSY_STATUS
+    if isinstance(error, BotoCoreError):  # what is not of the connection is of the configuration
+        return isinstance(error, ConnectionError | HTTPClientError) and not isinstance(error, SSLError)
+    return True
+
+
+def _response_of(error: BaseException) -> dict[str, Any]:
+    """Returns the server's answer, which s3fs keeps in the cause; {} if none came."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
+            return response
+    return {}
+
+
+def _code_of(error: BaseException) -> str:
+    """Returns S3's own code; "" if no answer came."""
+    return str(_response_of(error).get("Error", {}).get("Code", ""))
 
 
 def explain_failure(error: Exception, what: str, uri: str) -> StorageError:
     """Turns one of `s3_failures` into an error that says what to do, without credentials."""
-    from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound
+    from botocore.exceptions import NoCredentialsError, PartialCredentialsError, ProfileNotFound, SSLError
 
     code = _code_of(error)
     if code in _REFUSED:
         return StorageError(f"{what}: the server refused the credentials ({code})", uri, _FIX_REFUSED)
     if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
-        return StorageError(f"{what}: {_redact(str(error))}", uri, _FIX_REFUSED)
-    text = _redact(str(error)) or type(error).__name__
-    return StorageError(f"{what}: {text}" if code in text else f"{what}: {code}: {text}", uri, _FIX_REACH)
-
-
-def _redact(text: str) -> str:
-    for name in _SECRETS:
-        secret = os.environ.get(name, "")
-        text = text.replace(secret, "***") if secret else text
-    return _USER_INFO.sub("//***@", text)
+        return StorageError(f"{what}: {redacted(str(error))}", uri, _FIX_REFUSED)
+    if isinstance(error, SSLError):
+        return StorageError(f"{what}: the server's certificate is not trusted: {redacted(str(error))}", uri, _FIX_TLS)
+    text = redacted(str(error)) or type(error).__name__
+    kind = StoreUnreachable if may_pass(error) else StorageError
+    return kind(f"{what}: {text}" if code in text else f"{what}: {code}: {text}", uri, _FIX_REACH)

@@ -15,19 +15,28 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nf_pipeline.documents import read_fields
 from nf_pipeline.dtypes import ITEM_BYTES
-from nf_pipeline.errors import ConfigError, InternalError, ObjectCorrupt, StorageError
+from nf_pipeline.errors import ConfigError, InternalError, ObjectCorrupt, ObjectMissing, StorageError
+from nf_pipeline.storage.sealed import repair_fix
 from nf_pipeline.storage.store import Store, checksum_of
 
 CODECS = ("none", "zstd", "lz4")
 
 ROW_GROUP_BYTES = 8 * 2**20
-REPEAT_FIX = "delete the manifest.json of this stage and resume the run: the stage is then repeated"
+UPLOAD_THREADS = 2
+RELEASED_FIX = "train another --run with --keep activations=all"
+
+MAX_SHARD_BYTES = 2**31 - 1
+"""Tensor bytes of one shard: what a column of fixed size can count. Configurations allow a GiB."""
+MAX_EXPANSION = 2**14
+"""Rows per stored byte; a row of two numbers and a tensor compresses to a fraction of a byte at best."""
 
 _DTYPE_KEY = b"dtype"
 _SHAPE_KEY = b"shape"
@@ -54,6 +63,8 @@ class TensorSpec:
             raise ConfigError(f"codec: got {self.codec!r}, want one of {', '.join(CODECS)}")
         if not self.shape or not all(isinstance(size, int) and size > 0 for size in self.shape):
             raise ConfigError(f"tensor shape: got {self.shape!r}, want one or more positive sizes")
+        if self.nbytes > MAX_SHARD_BYTES:
+            raise ConfigError(f"tensor shape: got {self.shape!r}, want at most {MAX_SHARD_BYTES} bytes per sample")
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +77,7 @@ class ShardInfo:
     """What a manifest says of one shard.
 
     Attributes:
-        key: relative to the store.
+        key: relative to the store; "" once the object was given up because its readers are done.
         num_bytes: of the object.
         num_rows: samples in it.
         checksum: "sha256:..." of the object.
@@ -76,6 +87,23 @@ class ShardInfo:
     num_bytes: int
     num_rows: int
     checksum: str
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the object was given up: it is not missing, nobody may ask for it."""
+        return not self.key
+
+
+def read_shard_info(document: Any) -> ShardInfo:
+    """Reads a shard's description that somebody else wrote.
+
+    Raises:
+        ValueError: a field is missing, unknown, of another type or out of range.
+    """
+    shard = read_fields(ShardInfo, document)
+    if not (0 <= shard.num_bytes < 2**63 and 1 <= shard.num_rows <= max(1, shard.num_bytes) * MAX_EXPANSION):
+        raise ValueError(f"num_rows, num_bytes: got {shard.num_rows} rows in {shard.num_bytes} bytes")
+    return shard
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,6 +131,11 @@ def rows_per_shard(spec: TensorSpec, shard_bytes: int) -> int:
     return max(1, shard_bytes // spec.nbytes)
 
 
+def writer_bytes(shard_bytes: int) -> int:
+    """Returns what a `ShardWriter` holds of its host's memory at most: full buffers, each with its encoded shard."""
+    return 2 * (UPLOAD_THREADS + 1) * shard_bytes
+
+
 def shard_schema(spec: TensorSpec) -> pa.Schema:
     """Returns the Parquet schema of shards with such tensors."""
     metadata = {_DTYPE_KEY: spec.dtype.encode(), _SHAPE_KEY: json.dumps(list(spec.shape)).encode()}
@@ -123,7 +156,7 @@ def spec_of_field(field: pa.Field) -> TensorSpec | None:
     try:
         shape = tuple(json.loads(metadata[_SHAPE_KEY]))
         spec = TensorSpec(metadata[_DTYPE_KEY].decode(), shape)
-    except (ValueError, TypeError, ConfigError):
+    except (ValueError, TypeError, RecursionError, ConfigError):
         return None
     return spec if spec.nbytes == field.type.byte_width else None
 
@@ -153,7 +186,7 @@ class ShardWriter:
         make_key: Callable[[int], str],
         spec: TensorSpec,
         shard_bytes: int,
-        upload_threads: int = 2,
+        upload_threads: int = UPLOAD_THREADS,
         *,
         timeout_s: float = 600.0,
         on_stored: Callable[[int, ShardInfo], None] | None = None,
@@ -351,27 +384,45 @@ def read_shard(store: Store, shard: ShardInfo, spec: TensorSpec) -> Shard:
     The page checksums in the file are for other readers: the checksum of the object covers them.
 
     Raises:
-        ObjectMissing: it is not there.
+        ObjectMissing: it is not there, or it was released.
         ObjectCorrupt: size, checksum, rows or tensor type are not what the manifest says.
     """
-    data = store.get(shard.key)
+    if shard.is_released:
+        what = f"a shard of {shard.num_rows} rows was released: the policy keeps activations only until they are read"
+        raise ObjectMissing(what, store.uri, RELEASED_FIX)
+    try:
+        data = store.get(shard.key)
+    except ObjectMissing as error:
+        raise ObjectMissing(error.what, store.uri, repair_fix(store, shard.key)) from None
     _require(store, shard, "bytes", len(data), shard.num_bytes)
     _require(store, shard, "checksum", checksum_of(data), shard.checksum)
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        _check_header(store, shard, spec, file.schema_arrow, file.metadata.num_rows)
+        table = file.read(use_threads=False)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        # ValueError: names that are no UTF-8. MemoryError: a page that claims to be larger than memory.
         raise _corrupt(store, shard, f"no Parquet file: {error}") from error
     _require(store, shard, "rows", table.num_rows, shard.num_rows)
-    if not table.schema.equals(shard_schema(spec), check_metadata=False):
-        raise _corrupt(store, shard, f"columns {_columns(table.schema)}, want {_columns(shard_schema(spec))}")
-    stored = spec_of_field(table.schema.field("tensor"))
-    got = (stored.dtype, stored.shape) if stored else None
-    _require(store, shard, "tensor type", got, (spec.dtype, spec.shape))
+    nulls = sum(column.null_count for column in table.columns)
+    _require(store, shard, "nulls", nulls, 0)
     return Shard(
         tensors=_bytes_of(table.column("tensor"), spec.nbytes),
         labels=table.column("label").to_numpy(),
         sample_ids=table.column("sample_id").to_numpy(),
     )
+
+
+def _check_header(store: Store, shard: ShardInfo, spec: TensorSpec, schema: pa.Schema, num_rows: int) -> None:
+    """Compares what the footer says with the manifest before any page is decoded."""
+    _require(store, shard, "rows", num_rows, shard.num_rows)
+    if num_rows * spec.nbytes > MAX_SHARD_BYTES:
+        raise _corrupt(store, shard, f"{num_rows} rows of {spec.nbytes} bytes, want at most {MAX_SHARD_BYTES} bytes")
+    if not schema.equals(shard_schema(spec), check_metadata=False):
+        raise _corrupt(store, shard, f"columns {_columns(schema)}, want {_columns(shard_schema(spec))}")
+    stored = spec_of_field(schema.field("tensor"))
+    got = (stored.dtype, stored.shape) if stored else None
+    _require(store, shard, "tensor type", got, (spec.dtype, spec.shape))
 
 
 def _bytes_of(column: pa.ChunkedArray, nbytes: int) -> np.ndarray:
@@ -386,7 +437,7 @@ def _require(store: Store, shard: ShardInfo, what: str, got: object, want: objec
 
 
 def _corrupt(store: Store, shard: ShardInfo, problem: str) -> ObjectCorrupt:
-    return ObjectCorrupt(f"shard {shard.key} is damaged: {problem}", store.uri, REPEAT_FIX)
+    return ObjectCorrupt(f"shard {shard.key} is damaged: {problem}", store.uri, repair_fix(store, shard.key))
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -6,11 +6,13 @@ Deliberately knows nothing of what the objects contain. Entry function: `open_st
 """
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from nf_pipeline.errors import ConfigError, StorageError
+from nf_pipeline.storage.leftovers import Leftover
 
 Data = bytes | bytearray | memoryview
 
@@ -58,6 +60,15 @@ class Store(Protocol):
         """Removes objects; keys that are not there are fine."""
         ...
 
+    def leftovers(self, prefix: str, *, min_age_s: float) -> Sequence[Leftover]:
+        """Lists what killed writers left that `list` does not show: unfinished uploads below a prefix that are at
+        least so old, and the store's own probes of long ago."""
+        ...
+
+    def discard(self, leftovers: Iterable[Leftover]) -> None:
+        """Removes leftovers; those that are gone are fine."""
+        ...
+
     def list(self, prefix: str) -> list[tuple[str, int]]:
         """Lists the objects below a folder-like prefix ("" for all), sorted by key, with their bytes.
 
@@ -96,9 +107,9 @@ def check_key(key: str) -> str:
     """Returns a key that stays inside its store.
 
     Raises:
-        StorageError: the key is empty, absolute, or has an empty, "." or ".." part.
+        StorageError: the key is empty, absolute, no file name, or has an empty, "." or ".." part.
     """
-    if "\0" in key or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
+    if not _is_file_name(key) or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise StorageError(f"key {key!r} is no relative path inside a store")
     return key
 
@@ -115,9 +126,16 @@ def _local_path(rest: str, *, is_uri: bool) -> str:
         if host not in ("", "localhost") or not slash:
             raise ConfigError(f"store file:{rest}: names the host {host!r}", "file:///absolute/path")
         path = f"/{tail}"
-    if not path or "\0" in path:
+    if not path or not _is_file_name(path):
         raise ConfigError(f"store {path!r}: no folder", "--store ./nf-runs")
     return path
+
+
+def _is_file_name(path: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+        return False
 
 
 def _bucket_and_prefix(rest: str) -> tuple[str, str]:

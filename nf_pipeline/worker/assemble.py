@@ -15,14 +15,15 @@ from nf_pipeline.config import RunConfig
 from nf_pipeline.core.exit_model import ExitModel, ExitSpec, build_first_units
 from nf_pipeline.core.exits import ExitCandidate, choose_exit
 from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.core.tensor_file import read_tensors
 from nf_pipeline.core.train_step import resolve_device
-from nf_pipeline.errors import ObjectCorrupt
+from nf_pipeline.errors import AlreadyExists, ObjectCorrupt
 from nf_pipeline.events import Event, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
 from nf_pipeline.model_files import ModelCard
 from nf_pipeline.plans import Plan
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of, commit_manifest
+from nf_pipeline.storage.manifest import StageManifest, checksum_of, commit_manifest, read_object, store_object
 from nf_pipeline.storage.reader import ShardReader
 from nf_pipeline.storage.store import Store
 from nf_pipeline.worker.checkpoint import unpack_units
@@ -105,21 +106,16 @@ def load_units(
     for block, manifest in zip(plan.blocks, blocks, strict=False):
         first, stop = block.units[0], min(block.units[1], num_units)
         if first < stop:
-            tensors = safetensors.torch.load(read_weights(store, manifest))
+            tensors = read_tensors(read_weights(store, manifest), f"{manifest.stage} at {store.uri}")
             unpack_units(units[first:stop], first, tensors)
     return units
 
 
 def read_weights(store: Store, manifest: StageManifest) -> bytes:
     """Reads a stage's weights and checks them against its manifest."""
-    data = bytes(store.get(manifest.weights.key))
-    if checksum_of(data) != manifest.weights.checksum:
-        raise ObjectCorrupt(
-            f"{manifest.weights.key} has checksum {checksum_of(data)}, its manifest says {manifest.weights.checksum}",
-            store.uri,
-            f"delete the manifest of {manifest.stage} and resume the run: the stage is repeated",
-        )
-    return data
+    if manifest.weights is None:
+        raise ObjectCorrupt(f"{manifest.stage}: its manifest names no weights", store.uri)
+    return read_object(store, manifest.weights)
 
 
 @torch.no_grad()
@@ -187,18 +183,23 @@ def _commit(
 ) -> None:
     weights = safetensors.torch.save({name: t.contiguous() for name, t in model.state_dict().items()})
     card = _card(task, ingest, result, checksum_of(weights))
-    store.put(layout.model_weights, weights)
-    store.put(layout.model_card, render_model_card(card, result, ingest.facts).encode())
-    store.put(layout.model_json, json.dumps(card.to_json(), indent=2).encode())
+    files = {
+        layout.model_weights: weights,
+        layout.model_card: render_model_card(card, result, ingest.facts).encode(),
+        layout.model_json: json.dumps(card.to_json(), indent=2).encode(),
+    }
+    if store.size(layout.model_manifest) is not None:
+        # These objects have no attempt in their keys: who is late must not overwrite what the first one committed.
+        raise AlreadyExists(f"object {layout.model_manifest} exists already", store.uri)
+    stored, *others = (store_object(store, key, data) for key, data in files.items())
     checksums = [block.content_checksum for block in blocks]
     manifest = StageManifest(
         stage=STAGE,
         fingerprint=assemble_fingerprint(task.config, checksums),
         input_checksum=checksums[-1],
         attempt=task.attempt,
-        spec=None,
-        shards={},
-        weights=ObjectInfo(key=layout.model_weights, num_bytes=len(weights), checksum=checksum_of(weights)),
+        weights=stored,
+        objects=tuple(others),
         facts=result,
     )
     commit_manifest(store, layout.model_manifest, manifest)

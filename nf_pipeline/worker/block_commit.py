@@ -8,10 +8,12 @@ from typing import Any
 import safetensors.torch
 
 from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.documents import parse_json
+from nf_pipeline.errors import ObjectCorrupt
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of, commit_manifest
-from nf_pipeline.storage.shards import ShardInfo
+from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, check_stored, checksum_of, commit_manifest
+from nf_pipeline.storage.shards import ShardInfo, read_shard_info
 from nf_pipeline.storage.store import Store
 from nf_pipeline.worker.block_input import activation_spec
 from nf_pipeline.worker.checkpoint import CheckpointRecord, delete_quietly, pack_units
@@ -32,10 +34,18 @@ def merge_parts(store: Store, layout: RunLayout, task: BlockTask, shards: Shards
         return shards
     records = [layout.part_record(prefix, rank) for rank in range(1, task.gang.size)]
     for record in records:
-        for split, infos in json.loads(bytes(store.get(record))).items():
-            shards[split] += [ShardInfo(**info) for info in infos]
+        for split, infos in _read_part(store, record).items():
+            shards[split] += infos
     delete_quietly(store, records)
     return shards
+
+
+def _read_part(store: Store, record: str) -> Shards:
+    try:
+        document = parse_json(store.get(record))
+        return {split: [read_shard_info(info) for info in infos] for split, infos in document.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ObjectCorrupt(f"{record} is no record of shards: {error}", store.uri, "resume the run") from None
 
 
 def commit_block(
@@ -57,6 +67,7 @@ def commit_block(
 
     Raises:
         AlreadyExists: another attempt committed first.
+        WorkerLost: this attempt's objects are no longer there.
     """
     result = _result(task, record, shards)
     manifest = StageManifest(
@@ -70,9 +81,11 @@ def commit_block(
         facts=result if task.is_last_round else {**result, "checkpoint": asdict(record)},
     )
     rounds = num_rounds(task.config)
+    check_stored(store, manifest)
     commit_manifest(store, layout.round_manifest(task.block_idx, task.round_idx, rounds), manifest)
     publications = [layout.publication(task.block_idx, task.round_idx, part) for part in range(task.gang.size)]
-    delete_quietly(store, [*publications, *([record.key] if task.is_last_round else [])])
+    checkpoint = [layout.checkpoint_record(record.key.rpartition("/")[0]), record.key]
+    delete_quietly(store, [*publications, *(checkpoint if task.is_last_round else [])])
     return result
 
 

@@ -1,57 +1,32 @@
 """A block's epoch checkpoint: weights and momentum as safetensors, named by a small JSON record.
 
-The record is written after the tensors and carries their checksum: a checkpoint counts only when both agree.
-A later attempt at the same block adopts the newest one of any attempt. No random state is stored: every epoch
-seeds its own generators from (seed, block, epoch).
+The record is written after the tensors and carries their checksum; it is deleted before them, so that it never
+names what is gone. One that is damaged is an error: trained epochs are not given up in silence. A later attempt at
+the same block adopts the newest one of any attempt. No random state is stored: every epoch seeds its own generators
+from (seed, block, epoch).
 """
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 
 import safetensors.torch
 import torch
 from torch import nn
 
+from nf_pipeline.core.tensor_file import read_tensors
 from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, StorageError
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import checksum_of
+from nf_pipeline.storage.sealed import repair_command, seal
 from nf_pipeline.storage.store import Store
+from nf_pipeline.worker.checkpoint_record import CheckpointRecord, read_record
 from nf_pipeline.worker.stage_input import read_round
 from nf_pipeline.worker.tasks import BlockTask, num_rounds
 
 logger = logging.getLogger(__name__)
 
 RESTORE_TRIES = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointRecord:
-    """What the JSON record says.
-
-    Attributes:
-        fingerprint: of the block; a checkpoint of another configuration never matches.
-        batch_size: that the epochs were trained with.
-        epoch: epochs that are done.
-        key, checksum: the tensors; empty as long as no epoch is done.
-        val_correct: validation samples that each unit of the block classified correctly after that epoch.
-        num_val: of so many.
-        peak_bytes: measured so far.
-        train_s, loader_wait_s, write_s: seconds spent so far, over all attempts.
-    """
-
-    fingerprint: str
-    batch_size: int
-    epoch: int = 0
-    key: str = ""
-    checksum: str = ""
-    val_correct: list[int] = field(default_factory=list)
-    num_val: int = 0
-    peak_bytes: int = 0
-    train_s: float = 0.0
-    loader_wait_s: float = 0.0
-    write_s: float = 0.0
 
 
 def pack_units(units: Sequence[nn.Module], first_unit: int) -> dict[str, torch.Tensor]:
@@ -103,7 +78,7 @@ def save_checkpoint(
     key = layout.checkpoint_tensors(prefix, record.epoch)
     stored = replace(record, key=key, checksum=checksum_of(data))
     store.put(key, data)
-    store.put(layout.checkpoint_record(prefix), json.dumps(asdict(stored)).encode())
+    store.put(layout.checkpoint_record(prefix), seal({"record": asdict(stored)}))
     if record.key.startswith(f"{prefix}/"):
         delete_quietly(store, [record.key])
     return stored
@@ -123,22 +98,29 @@ def find_checkpoint(
     """Returns the record with the most epochs among all attempts at a block, None if there is none.
 
     Momentum and schedule belong to a batch size: records of another one do not count.
+
+    Raises:
+        ObjectCorrupt: a record is damaged.
     """
     newest = None
     for key, _ in store.list(layout.block(block_idx)):
         if key != layout.checkpoint_record(key.rpartition("/")[0]):
             continue
-        try:
-            record = CheckpointRecord(**json.loads(bytes(store.get(key))))
-        except (ValueError, TypeError, ObjectMissing) as error:
-            logger.warning("checkpoint record %s is unusable: %s", key, error)
+        record = read_record(store, key)
+        if record is None:  # its attempt has committed since the listing
             continue
         newer = newest is None or record.epoch > newest.epoch
         same_work = (record.fingerprint, record.batch_size) == (fingerprint, batch_size)
-        # A finished attempt leaves its record behind, not its tensors.
-        if newer and same_work and store.size(record.key) is not None:
+        if newer and same_work and _has_tensors(store, record):
             newest = record
     return newest
+
+
+def _has_tensors(store: Store, record: CheckpointRecord) -> bool:
+    if store.size(record.key) is not None:
+        return True
+    logger.warning("checkpoint %s is missing: its epochs are trained again", record.key)
+    return False
 
 
 def restore(
@@ -167,7 +149,8 @@ def restore(
             record = find_checkpoint(store, layout, task.block_idx, fingerprint, task.batch_size)
         if record is None and task.round_idx > 0:
             before = read_round(store, layout, task.block_idx, task.round_idx - 1, num_rounds(task.config))
-            record = CheckpointRecord(**before.facts["checkpoint"])
+            state = before.weights
+            record = CheckpointRecord(**{**before.facts["checkpoint"], "key": state.key, "checksum": state.checksum})
         if record is None:
             break
         try:
@@ -196,9 +179,9 @@ def load_checkpoint(
         raise ObjectCorrupt(
             f"checkpoint {record.key} has checksum {checksum_of(data)}, its record says {record.checksum}",
             store.uri,
-            f"delete {record.key}: the block then starts again",
+            f"{repair_command(store, record.key)}, which goes on from an older checkpoint or from the start",
         )
-    tensors = safetensors.torch.load(data)
+    tensors = read_tensors(data, f"{store.uri}/{record.key}", repair_command(store, record.key))
     unpack_units(units, 0, {k: t for k, t in tensors.items() if not k.startswith("momentum.")})
     _unpack_momentum(optimizers, tensors)
 

@@ -6,9 +6,12 @@ Entry class: `Replicas`.
 """
 
 import functools
+import os
+import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -21,6 +24,7 @@ from nf_pipeline.gang import Gang
 
 # Numbers of the host travel by gloo on every device: no GPU is made to wait for them.
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class Replicas:
@@ -66,7 +70,7 @@ class Replicas:
         if not self.is_alone:
             try:
                 self._join()
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 self._leave()
                 raise self._not_met(error) from error
         return self
@@ -177,12 +181,14 @@ class Replicas:
 
     def _join(self) -> None:
         host, _, port = self.gang.address.rpartition(":")
+        host = host.strip("[]")
         store = distributed.TCPStore(
-            host.strip("[]"),
+            host,
             int(port),
             world_size=self.gang.size,
             is_master=self.gang.rank == 0,
             timeout=self._join_timeout,
+            master_listen_fd=_listen(host, int(port)) if self.gang.rank == 0 else None,
         )
         distributed.init_process_group(
             _BACKENDS[self._device.type],
@@ -190,7 +196,17 @@ class Replicas:
             rank=self.gang.rank,
             world_size=self.gang.size,
             timeout=self._timeout,
+            pg_options=self._gloo_options(host) if self._device.type == "cpu" else None,
         )
+
+    def _gloo_options(self, host: str) -> Any:
+        """Makes gloo listen where the others come from, not where this machine's name points; None leaves it be."""
+        if _INTERFACE in os.environ:
+            return None
+        options = distributed.ProcessGroupGloo._Options()
+        options._timeout = self._timeout
+        options._devices = [distributed.ProcessGroupGloo.create_device(hostname=_own_address(host))]
+        return options
 
     def _leave(self) -> None:
         if distributed.is_initialized():
@@ -203,3 +219,16 @@ class Replicas:
             f"within {self._join_timeout.total_seconds():.0f} s: {error}",
             "let the workers reach each other (GLOO_SOCKET_IFNAME names the network interface), then resume",
         )
+
+
+def _listen(host: str, port: int) -> int:
+    """Returns a socket that listens on one address of this machine: torch's own store listens on all of them."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family).detach()
+
+
+def _own_address(host: str) -> str:
+    """Returns this machine's address on the way to another one; sends nothing."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return probe.getsockname()[0]

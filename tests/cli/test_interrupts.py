@@ -23,7 +23,7 @@ def test_first_ctrl_c_asks_and_the_second_one_ends_with_a_hint_how_to_continue(c
     stop, survived = StopRequest(), False
     with (
         pytest.raises(Interrupted, match=r"nf-pipeline resume \./nf-runs/run") as caught,
-        interruptible("./nf-runs/run", stop),
+        interruptible("nf-pipeline resume ./nf-runs/run", stop),
     ):
         press_ctrl_c()
         survived = stop.is_asked
@@ -35,7 +35,7 @@ def test_first_ctrl_c_asks_and_the_second_one_ends_with_a_hint_how_to_continue(c
 
 
 def test_run_that_ends_as_asked_gets_the_same_hint() -> None:
-    with pytest.raises(Interrupted, match="resume run"), interruptible("run", StopRequest()):
+    with pytest.raises(Interrupted, match="with: resume run"), interruptible("resume run", StopRequest()):
         raise RunInterrupted("stopped as asked")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 COMMANDS = (
     *("plan", "train", "resume", "submit", "worker-resources"),
-    *("status", "evaluate", "predict", "export", "doctor", "gc"),
+    *("status", "evaluate", "predict", "export", "doctor", "verify", "gc"),
 )
 
 
@@ -84,7 +84,7 @@ def test_bad_usage_and_configuration_end_with_2_and_a_text_on_stderr(arguments: 
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["status", "resume", "gc"])
+@pytest.mark.parametrize("command", ["status", "resume", "verify", "gc"])
 def test_absent_run_ends_with_4_and_names_it(command: str, tmp_path: Path) -> None:
     done = run(command, f"{tmp_path}/nothing")
     assert done.returncode == 4

@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from nf_pipeline.cli.options import CONFIG_FLAGS, ConfigFlag, config_from, config_options
+from nf_pipeline.cli.options import CONFIG_FLAGS, ConfigFlag, KeepPolicy, config_from, config_options
 from nf_pipeline.config import RunConfig, field_names
 from nf_pipeline.errors import ConfigError
 
@@ -29,6 +29,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "--workers-per-block": ("2", 2),
     "--seed": ("17", 17),
     "--device": ("cpu", "cpu"),
+    "--keep": ("activations=last", "last"),
 }
 
 
@@ -101,6 +102,16 @@ def test_default_in_help_is_the_field_default(flag: ConfigFlag) -> None:
 def test_flag_without_default_in_help_has_none(flag: ConfigFlag) -> None:
     info = field_info(flag.field)
     assert info.is_required() or info.default is None
+
+
+def test_policies_of_keep_are_those_of_the_field() -> None:
+    assert set(KeepPolicy.policies) == set(typing.get_args(field_info("storage.keep_activations").annotation))
+
+
+@pytest.mark.parametrize("text", ["last", "activations", "activations=some", "images=none", "=all", ""])
+def test_keep_of_another_form_says_which_it_wants(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="want activations=all or activations=last or activations=none"):
+        KeepPolicy().convert(text, None, None)
 
 
 def test_flag_wins_over_set_and_set_over_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from nf_pipeline.cli.tables import (
     summary_text,
 )
 from nf_pipeline.driver.doctor import Check
+from nf_pipeline.driver.garbage import Garbage
 from nf_pipeline.driver.status import StageStatus
 from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
 
@@ -87,6 +88,7 @@ def placement_on(**changes: Any) -> dict[str, Any]:
         "mode": "sequential",
         "workers_per_block": 1,
         "block_memory_bytes": [62 * MIB, 33 * MIB],
+        "host_buffer_bytes": 512 * MIB,
         "workers_that_fit": [None, None],
     }
     return {**document, **changes}
@@ -101,6 +103,7 @@ def test_plan_text_has_a_row_per_block_with_the_reason() -> None:
     assert first.endswith("62.0 MiB                 1") and second.endswith("33.0 MiB                 5")
     assert "convnet: 3 layers, 1 units, 12.3 k parameters, images 1x8x8, 10 classes, budget 64.0 MiB" in text
     assert "on the Ray at head:6379, device auto; activations 2.0 MiB in all; profiled in 1.2 s" in text
+    assert "host memory of a worker: up to 512.0 MiB to read and write shards" in text
 
 
 def test_plan_text_names_each_kind_of_placement() -> None:
@@ -231,10 +234,14 @@ def test_checks_text_puts_the_fix_below_its_check() -> None:
 
 
 def test_garbage_text_counts_and_says_whether_it_happened() -> None:
-    objects = [("run/blocks/000/attempt-ab/checkpoint.safetensors", 2 * MIB), ("run/x", 512)]
+    checkpoint = "run/blocks/000/attempt-ab/checkpoint-00001.safetensors"
+    objects = [
+        Garbage(key=checkpoint, num_bytes=2 * MIB, kind="checkpoints"),
+        Garbage(key="run/x", num_bytes=512, kind="records"),
+    ]
     assert garbage_text(objects, dry_run=True).splitlines() == [
-        "   2.0 MiB  run/blocks/000/attempt-ab/checkpoint.safetensors",
+        f"   2.0 MiB  {checkpoint}",
         "     512 B  run/x",
-        "would delete 2 objects, 2.0 MiB",
+        "would delete 2 objects, 2.0 MiB: 1 checkpoints (2.0 MiB), 1 records (512 B)",
     ]
     assert garbage_text([], dry_run=False) == "deleted 0 objects, 0 B"

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from nf_pipeline.cli.train_commands import _continuing
+from nf_pipeline.storage.sealed import unseal
+
 # Several blocks of the smallest model on few images: seconds on one core.
 SMALL = (
     *("--memory-budget", "4MiB", "--executor", "inline", "--device", "cpu", "--max-train-images", "300"),
@@ -34,7 +37,7 @@ def run_ok(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "nf-runs" / "run" / "summary.json").read_text())
+    return unseal((folder / "nf-runs" / "run" / "summary.json").read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +199,13 @@ def test_evaluate_takes_the_columns(trained, tmp_path: Path) -> None:
     assert rows == json.loads(run_ok(folder, "evaluate", "nf-runs/run", "--data", "digits", "--json").stdout)
 
 
+def test_command_that_continues_a_run_can_be_pasted_into_a_shell() -> None:
+    assert _continuing("./my runs/a", "vgg11_bn", False) == "nf-pipeline resume './my runs/a'"
+    assert (
+        _continuing("s3://b/a", "my.nets:make", True) == "nf-pipeline resume s3://b/a --model my.nets:make --repair"
+    )
+
+
 def test_export_prints_where_it_wrote(trained, tmp_path: Path) -> None:
     folder, _ = trained
     target = tmp_path / "model.safetensors"
@@ -219,7 +229,7 @@ def test_interrupted_train_finishes_its_epoch_and_ends_with_130_and_a_command_th
             break
     rest = process.communicate(timeout=300)[1]
     assert process.returncode == 130, "".join(seen) + rest
-    assert "finishing the epoch" in rest
+    assert "Ctrl-C again stops at once" in rest
     assert " failed" not in rest
     lock = json.loads(next(tmp_path.glob("nf-runs/run/lock/*.json")).read_text())
     assert lock["is_released"]

@@ -1,5 +1,7 @@
 import os
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from nf_pipeline.config import resolve_config
 from nf_pipeline.core.dtypes import TORCH_DTYPES
 from nf_pipeline.data import ActivationShards
 from nf_pipeline.driver.run_record import load_plan
-from nf_pipeline.errors import ConfigError, DataError, ObjectMissing
+from nf_pipeline.errors import ConfigError, DataError, ObjectCorrupt, ObjectMissing
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import read_manifest
 from nf_pipeline.storage.reader import ShardReader
@@ -107,6 +109,23 @@ def test_shards_that_are_not_there_are_an_error(run):
         ActivationShards(run, 0, "training")
     with pytest.raises(ObjectMissing, match=r"blocks/007/manifest\.json"):
         ActivationShards(run, 7)
+
+
+def test_damaged_shards_are_named_and_the_error_offers_a_repair(run, tmp_path):
+    store_uri, _, name = run.rpartition("/")
+    copy = f"{shutil.copytree(store_uri, tmp_path / 'copy')}/{name}"
+    shards = ActivationShards(copy, 0)
+    shards.verify()
+    path = Path(shards.paths[-1])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ObjectCorrupt, match=path.name) as caught:
+        ActivationShards(copy, 0).verify()
+    assert "--repair" in caught.value.fix
+    path.write_bytes(data[:-1])
+    with pytest.raises(ObjectCorrupt, match=rf"{path.name}: got {len(data) - 1} bytes"):
+        ActivationShards(copy, 0)
 
 
 def test_pickled_shards_decode_where_the_store_is_not(run, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damaged_runs import Run, finish
 from driver_config import DIGITS
 
 from nf_pipeline.config import RunConfig, resolve_config
@@ -19,3 +20,15 @@ def digits_config(tmp_path: Path) -> Callable[..., RunConfig]:
         return resolve_config(flags={**flags, **{key.replace("__", "."): v for key, v in changes.items()}})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small finished run that nobody may change."""
+    return finish(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="session")
+def other_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of the same name with another seed."""
+    return finish(tmp_path_factory.mktemp("other"), train__seed=1, train__epochs=1)

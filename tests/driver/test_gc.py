@@ -1,17 +1,21 @@
 """Garbage in local stores: what goes, and above all what stays."""
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from nf_pipeline.driver import run_lock
+from nf_pipeline.driver.garbage import by_kind
 from nf_pipeline.driver.gc import collect_garbage
-from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
-from nf_pipeline.plans import BlockPlan, Plan
+from nf_pipeline.driver.run_lock import hold_run
+from nf_pipeline.errors import ObjectCorrupt, ObjectMissing, RunLocked
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, checksum_of, commit_manifest
+from nf_pipeline.storage.sealed import seal
 from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 from nf_pipeline.storage.store import Store, open_store
+from nf_pipeline.worker.checkpoint_record import CheckpointRecord
 
 LAYOUT = RunLayout("run")
 DATA = b"x" * 10
@@ -46,7 +50,12 @@ def commit(store: Store, key: str, stage: str, *, shards: list[str] = (), weight
 
 
 def keys_of(store: Store) -> set[str]:
-    return {key for key, _ in store.list("run")}
+    """Lists the run's objects but for its lock, which `gc` takes like every driver."""
+    return {key for key, _ in store.list("run") if not key.startswith(f"{LAYOUT.locks}/")}
+
+
+def collected(uri: str, *, dry_run: bool = False) -> list[tuple[str, int]]:
+    return [(item.key, item.num_bytes) for item in collect_garbage(uri, dry_run=dry_run)]
 
 
 def finished_block(store: Store, block_idx: int) -> tuple[list[str], list[str]]:
@@ -67,8 +76,7 @@ def finished_block(store: Store, block_idx: int) -> tuple[list[str], list[str]]:
 
 def test_committed_block_keeps_what_its_manifest_names_and_loses_the_rest(store: Store) -> None:
     named, useless = finished_block(store, 0)
-    collected = collect_garbage(f"{store.uri}/run", dry_run=False)
-    assert collected == sorted((key, 10) for key in useless)
+    assert collected(f"{store.uri}/run") == sorted((key, 10) for key in useless)
     assert keys_of(store) == {*named, LAYOUT.block_manifest(0)}
 
 
@@ -76,27 +84,93 @@ def test_committed_block_keeps_what_its_manifest_names_and_loses_the_rest(store:
 def test_committed_block_on_s3_loses_the_same_objects(minio_uri: str) -> None:
     store = open_store(minio_uri)
     named, useless = finished_block(store, 0)
-    assert collect_garbage(f"{minio_uri}/run", dry_run=False) == sorted((key, 10) for key in useless)
+    assert collected(f"{minio_uri}/run") == sorted((key, 10) for key in useless)
     assert keys_of(store) == {*named, LAYOUT.block_manifest(0)}
 
 
 def test_dry_run_lists_the_same_and_deletes_nothing(store: Store) -> None:
     finished_block(store, 0)
     before = keys_of(store)
-    listed = collect_garbage(f"{store.uri}/run", dry_run=True)
+    listed = collected(f"{store.uri}/run", dry_run=True)
     assert keys_of(store) == before
-    assert collect_garbage(f"{store.uri}/run", dry_run=False) == listed
-    assert collect_garbage(f"{store.uri}/run", dry_run=False) == []
+    assert collected(f"{store.uri}/run") == listed
+    assert collected(f"{store.uri}/run") == []
 
 
-def test_block_without_a_manifest_keeps_every_attempt(store: Store) -> None:
+def checkpoint(store: Store, attempt: str, epoch: int, *, batch_size: int = 32) -> list[str]:
+    """Stores a checkpoint of block 1 and its record."""
+    prefix = LAYOUT.block_attempt(1, attempt)
+    tensors, record = LAYOUT.checkpoint_tensors(prefix, epoch), LAYOUT.checkpoint_record(prefix)
+    store.put(tensors, DATA)
+    said = CheckpointRecord(fingerprint="f", batch_size=batch_size, epoch=epoch, key=tensors)
+    store.put(record, seal({"record": asdict(said)}))
+    return [tensors, record]
+
+
+def test_unfinished_block_keeps_the_newest_checkpoint_of_each_batch_size_and_nothing_else(store: Store) -> None:
+    kept = checkpoint(store, "aa", 3) + checkpoint(store, "bb", 1, batch_size=24)
+    old = checkpoint(store, "cc", 2) + put(store, LAYOUT.checkpoint_tensors(LAYOUT.block_attempt(1, "aa"), 2))
+    lost = [LAYOUT.shard(LAYOUT.block_attempt(1, attempt), "train", 0) for attempt in ("aa", "cc")]
+    lost += put(store, *lost, LAYOUT.weights(1, "cc"), LAYOUT.publication(1, 0, 0))[len(lost) :]
+    garbage = {key for key, _ in collected(f"{store.uri}/run")}
+    assert garbage == {*old, *lost}
+    assert keys_of(store) == set(kept)
+
+
+def test_record_that_cannot_be_read_protects_its_checkpoint(store: Store) -> None:
+    prefix = LAYOUT.block_attempt(1, "aa")
+    kept = put(store, LAYOUT.checkpoint_tensors(prefix, 1), LAYOUT.checkpoint_record(prefix))
+    put(store, LAYOUT.shard(prefix, "train", 0))
+    assert collected(f"{store.uri}/run") == [(LAYOUT.shard(prefix, "train", 0), 10)]
+    assert keys_of(store) == set(kept)
+
+
+def test_run_that_is_held_keeps_all_of_its_unfinished_stages(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "RENEW_EVERY_S", 0.2)
     _, useless = finished_block(store, 0)
-    prefix = LAYOUT.block_attempt(1, "cc")
-    unfinished = put(store, f"{prefix}/checkpoint-00003.safetensors", f"{prefix}/checkpoint.json")
-    unfinished += put(store, f"{LAYOUT.block_attempt(1, 'dd')}/checkpoint-00001.safetensors")
-    collected = collect_garbage(f"{store.uri}/run", dry_run=False)
-    assert {key for key, _ in collected} == set(useless)
-    assert set(unfinished) <= keys_of(store)
+    unfinished = checkpoint(store, "aa", 1) + checkpoint(store, "bb", 2)
+    unfinished += put(
+        store, LAYOUT.publication(1, 0, 0), LAYOUT.ingest_shard(LAYOUT.ingest_attempt("aa"), "train", 0)
+    )
+    parts = half_written(store)
+    with hold_run(store, LAYOUT):
+        assert {item.key for item in collect_garbage(f"{store.uri}/run", dry_run=True)} == set(useless)
+        assert {item.key for item in collect_garbage(f"{store.uri}/run", dry_run=False)} == set(useless)
+        with pytest.raises(RunLocked):
+            collect_garbage(f"{store.uri}/run", dry_run=True, keep="none")
+    assert {*unfinished, *parts} <= keys_of(store)
+
+
+def test_copy_of_a_data_set_goes_once_it_is_ingested_or_if_it_is_not_complete(store: Store) -> None:
+    copied = put(store, LAYOUT.dataset_file("train", 0), LAYOUT.dataset_manifest)
+    assert collected(f"{store.uri}/run") == []
+    store.delete([LAYOUT.dataset_manifest])
+    assert collected(f"{store.uri}/run") == [(copied[0], 10)]
+    put(store, *copied)
+    commit(store, LAYOUT.ingest_manifest, "ingest")
+    assert collected(f"{store.uri}/run") == sorted((key, 10) for key in copied)
+
+
+def test_rounds_that_were_read_go_with_their_commits(store: Store) -> None:
+    shard = LAYOUT.shard(LAYOUT.block_attempt(0, "cc"), "train", 0)
+    read = LAYOUT.round_manifest(0, 0, 2)
+    commit(store, read, "block-000", shards=put(store, shard))
+    commit(store, LAYOUT.block_manifest(0), "block-000")
+    assert collected(f"{store.uri}/run", dry_run=True) == []
+    commit(store, LAYOUT.block_manifest(1), "block-001")
+    assert [key for key, _ in collected(f"{store.uri}/run")] == [shard, read]
+
+
+def test_garbage_is_summed_up_by_kind(store: Store) -> None:
+    finished_block(store, 0)
+    half_written(store)
+    sums = list(by_kind(collect_garbage(f"{store.uri}/run", dry_run=True)))
+    assert sums == [
+        ("checkpoints", 2, 20),
+        ("half-written files", 2, 20),
+        ("activations", 1, 10),
+        ("weights", 1, 10),
+    ]
 
 
 def test_lost_ingest_attempt_goes_and_the_committed_one_stays(store: Store) -> None:
@@ -104,7 +178,7 @@ def test_lost_ingest_attempt_goes_and_the_committed_one_stays(store: Store) -> N
     loser = LAYOUT.ingest_shard(LAYOUT.ingest_attempt("bb"), "train", 0)
     put(store, winner, loser)
     commit(store, LAYOUT.ingest_manifest, "ingest", shards=[winner])
-    assert collect_garbage(f"{store.uri}/run", dry_run=False) == [(loser, 10)]
+    assert collected(f"{store.uri}/run") == [(loser, 10)]
 
 
 def test_objects_outside_attempts_are_never_touched(store: Store) -> None:
@@ -121,62 +195,17 @@ def half_written(store: Store) -> list[str]:
     return put(store, "run/.summary.json.0a1b2c3d.part", "run/blocks/000/.manifest.json.0a1b2c3d.part")
 
 
-def planned(store: Store, num_blocks: int) -> None:
-    blocks = tuple(
-        BlockPlan(
-            block_idx=idx,
-            units=(idx, idx + 1),
-            layers=(idx, idx + 1),
-            batch_size=2,
-            budget_bytes=2**26,
-            predicted_peak_bytes=1,
-            shard_bytes=0,
-            reason="",
-        )
-        for idx in range(num_blocks)
-    )
-    plan = Plan(
-        model="convnet",
-        num_classes=2,
-        image_shape=(1, 8, 8),
-        budget_bytes=1,
-        layers=(),
-        units=(),
-        blocks=blocks,
-        params_full=1,
-        flops_full=1,
-        profile_s=0.0,
-    )
-    store.put(LAYOUT.plan_json, json.dumps(plan.to_json()).encode())
-
-
-def test_half_written_files_go_when_every_stage_is_committed(store: Store) -> None:
+def test_half_written_files_go_when_nobody_works_on_the_run(store: Store) -> None:
     parts = half_written(store)
     other = put(store, "run/notes.part", ".nf-probe-0a1b2c3d", "run-2/.run.json.0a1b2c3d.part")
-    planned(store, num_blocks=2)
-    for key, stage in (
-        (LAYOUT.ingest_manifest, "ingest"),
-        (LAYOUT.block_manifest(0), "block-000"),
-        (LAYOUT.model_manifest, "model"),
-    ):
-        commit(store, key, stage)
-    assert collect_garbage(f"{store.uri}/run", dry_run=False) == []
-    commit(store, LAYOUT.block_manifest(1), "block-001")
-    assert collect_garbage(f"{store.uri}/run", dry_run=False) == sorted((key, 10) for key in parts)
+    assert collected(f"{store.uri}/run") == sorted((key, 10) for key in parts)
     assert all(store.size(key) == 10 for key in other)
-
-
-def test_half_written_files_of_a_run_without_a_plan_stay(store: Store) -> None:
-    parts = half_written(store)
-    assert collect_garbage(f"{store.uri}/run", dry_run=False) == []
-    assert set(parts) <= keys_of(store)
 
 
 def test_object_that_only_the_facts_or_another_stage_name_stays(store: Store) -> None:
     _, useless = finished_block(store, 0)
     commit(store, LAYOUT.block_manifest(1), "block-001", facts={"history": {"metrics": [useless[0]]}})
-    collected = {key for key, _ in collect_garbage(f"{store.uri}/run", dry_run=False)}
-    assert collected == set(useless[1:])
+    assert {key for key, _ in collected(f"{store.uri}/run")} == set(useless[1:])
 
 
 def test_run_whose_name_begins_like_another_leaves_that_one_alone(store: Store) -> None:

@@ -11,6 +11,7 @@ from nf_pipeline.driver.gc import collect_garbage
 from nf_pipeline.driver.round_schedule import MAX_ROUNDS_AHEAD
 from nf_pipeline.driver.run import resume, train
 from nf_pipeline.driver.status import read_status
+from nf_pipeline.driver.verify import verify_run
 from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
 from nf_pipeline.events import EpochDone, Event, StageDone, StageSkipped, StageStarted
 from nf_pipeline.model_files import load_model
@@ -112,10 +113,12 @@ def test_deleted_commit_of_a_block_before_finished_ones_is_an_error_that_says_wh
     pipelined: MakeConfig, deleted: str
 ) -> None:
     config = pipelined()
-    train(config)
+    first = train(config)
     (run_folder(config) / "blocks" / deleted / "manifest.json").unlink()
-    with pytest.raises(ObjectMissing, match=r"block-00[12] is finished, but .*\n?.*delete run/blocks"):
+    with pytest.raises(ObjectMissing, match=r"block-00[12] is finished, but .*\n?.*--repair: all blocks are trained"):
         train(config)
+    assert not verify_run(str(run_folder(config))).is_whole
+    assert train(config, repair=True)["weights_checksum"] == first["weights_checksum"]
 
 
 def test_state_of_a_round_that_is_gone_is_an_error_and_no_new_beginning(pipelined: MakeConfig) -> None:
@@ -130,6 +133,6 @@ def test_state_of_a_round_that_is_gone_is_an_error_and_no_new_beginning(pipeline
     for state in (run_folder(config) / "blocks" / "001").rglob("*.safetensors"):
         state.unlink()
     with pytest.raises(
-        ObjectCorrupt, match=r"round 2 of block-001 .* not all of its objects(.|\n)*delete run/blocks"
+        ObjectCorrupt, match=r"round 2 of block-001 .* not all of its objects(.|\n)*--repair: all blocks"
     ):
         train(config)

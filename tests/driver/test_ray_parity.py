@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from process_sessions import members, wait_until
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.driver.run import resume, train
@@ -59,13 +60,15 @@ def test_killed_command_leaves_no_process_behind_and_resumes(digits_config: Make
     inline = train(digits_config(run="inline"))
     config = digits_config(run="ray", cluster__executor="ray")
     command = [sys.executable, "-m", "nf_pipeline", "train", "--config", str(_toml(config, tmp_path))]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     events = Path(config.storage.uri, "ray", "events.jsonl")
     _wait_until(lambda: events.exists() and '"stage": "block-001"' in events.read_text(), driver)
-    worker = _last_worker(events)
+    assert _last_worker(events) in members(driver.pid)
     driver.kill()
     driver.wait(timeout=30)
-    _wait_until(lambda: not Path(f"/proc/{worker}").exists())
+    wait_until(lambda: not members(driver.pid), "Ray's own processes end too", timeout_s=20)
     assert resume(f"{config.storage.uri}/ray")["weights_checksum"] == inline["weights_checksum"]
 
 

@@ -25,6 +25,7 @@ from nf_pipeline.errors import (
     WorkerLost,
 )
 from nf_pipeline.events import EpochDone, Event, StageDone, StageFailed, StageSkipped, StageStarted
+from nf_pipeline.storage.sealed import seal, unseal
 from nf_pipeline.worker.prepare import ingest_images
 from nf_pipeline.worker.tasks import PrepareTask
 
@@ -93,8 +94,8 @@ def test_summary_has_the_fields_that_scripts_rely_on(digits_config: MakeConfig) 
     for exit in summary["exits"]:
         assert set(exit) == {"layer_idx", "layer", "val_accuracy", "val_interval", "params", "flops"}
         assert exit["val_interval"][0] <= exit["val_accuracy"] <= exit["val_interval"][1]
-    stored = Path(config.storage.uri, config.run, "summary.json").read_text()
-    assert json.loads(stored) == json.loads(json.dumps(summary))
+    stored = unseal(Path(config.storage.uri, config.run, "summary.json").read_bytes())
+    assert stored == json.loads(json.dumps(summary))
 
 
 def test_events_tell_the_whole_run_in_order(digits_config: MakeConfig) -> None:
@@ -322,10 +323,10 @@ def test_measured_peak_over_the_budget_shrinks_the_batch_and_says_so(digits_conf
     with pytest.raises(KeyboardInterrupt):
         train(config, on_event=_interrupt_at_block_0)
     plan_json = Path(config.storage.uri, config.run, "plan.json")
-    plan = json.loads(plan_json.read_text())
+    plan = unseal(plan_json.read_bytes())
     planned = plan["blocks"][0]["batch_size"]
     plan["blocks"][0]["batch_size"] = planned * 5 // 4  # a plan that promises more than the budget holds
-    plan_json.write_text(json.dumps(plan))
+    plan_json.write_bytes(seal(plan))
     events: list[Event] = []
     summary = train(config, on_event=events.append)
     failure = next(event for event in events if isinstance(event, StageFailed))

@@ -14,7 +14,7 @@ import pytest
 
 from nf_pipeline.driver import run_lock
 from nf_pipeline.driver.run_lock import hold_run, read_lock
-from nf_pipeline.errors import RunLocked
+from nf_pipeline.errors import RunLocked, StorageError
 from nf_pipeline.host import has_ended, process_identity
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import Store, open_store
@@ -22,12 +22,15 @@ from nf_pipeline.storage.store import Store, open_store
 LAYOUT = RunLayout("run")
 HOLDER = (
     "import sys, time\n"
-    "from nf_pipeline.driver.run_lock import hold_run\n"
+    "from nf_pipeline.driver import run_lock\n"
     "from nf_pipeline.storage.layout import RunLayout\n"
     "from nf_pipeline.storage.store import open_store\n"
-    "with hold_run(open_store(sys.argv[1]), RunLayout('run')):\n"
+    "run_lock.RENEW_EVERY_S = 0.1\n"
+    "with run_lock.hold_run(open_store(sys.argv[1]), RunLayout('run')) as lock:\n"
     "    print('held', flush=True)\n"
-    "    time.sleep(600)\n"
+    "    while not lock.is_lost:\n"
+    "        time.sleep(0.02)\n"
+    "    print('lost', flush=True)\n"
 )
 
 
@@ -58,7 +61,7 @@ def holder(store: Store) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_second_driver_is_told_who_holds_the_run(store: Store, holder: subprocess.Popen[str]) -> None:
-    with pytest.raises(RunLocked, match=rf":{holder.pid} since ") as caught, hold_run(store, LAYOUT):
+    with pytest.raises(RunLocked, match=rf"held by .*:{holder.pid} since ") as caught, hold_run(store, LAYOUT):
         pass
     assert caught.value.exit_code == 2
     assert "Fix: " in str(caught.value)
@@ -80,7 +83,7 @@ def test_silent_holder_is_taken_over_and_does_not_take_the_run_back_when_it_wake
     said: list[str] = []
     with hold_run(store, LAYOUT, patience_s=1.0, on_wait=said.append) as lock:
         os.kill(holder.pid, signal.SIGCONT)
-        time.sleep(0.5)
+        assert holder.stdout.readline() == "lost\n"
         lock.check()
     assert len(said) == 1 and f":{holder.pid} holds run" in said[0]
 
@@ -93,6 +96,52 @@ def test_driver_whose_run_was_taken_over_ends(store: Store, quick: None, monkeyp
         with pytest.raises(RunLocked, match="taken over by other:1"):
             lock.check()
     assert json.loads(bytes(store.get(LAYOUT.lock(1))))["token"] == "another"
+
+
+def test_frozen_driver_asks_before_it_goes_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "RENEW_EVERY_S", 600.0)  # no beat tells it
+    with hold_run(store, LAYOUT) as lock:
+        record = json.loads(bytes(store.get(LAYOUT.lock(0))))
+        store.create(LAYOUT.lock(1), json.dumps(record | {"token": "another"}).encode())
+        lock.check()
+        monkeypatch.setattr(run_lock, "SURE_FOR_S", 0.0)
+        with pytest.raises(RunLocked, match="taken over"):
+            lock.check()
+
+
+def test_store_that_was_away_for_the_watcher_says_nothing_of_the_holder(store: Store, quick: None) -> None:
+    with hold_run(store, LAYOUT) as lock:
+        slow = SlowToLook(store, seconds=1.0)
+        with pytest.raises(RunLocked), hold_run(slow, LAYOUT, patience_s=0.5):
+            pass
+        lock.check()
+
+
+class SlowToLook:
+    """A store whose lists wait, as in an outage that is over before anything fails."""
+
+    def __init__(self, store: Store, seconds: float) -> None:
+        self._store = store
+        self._seconds = seconds
+
+    def list(self, prefix: str) -> list[tuple[str, int]]:
+        found = self._store.list(prefix)
+        time.sleep(self._seconds)
+        return found
+
+    def __getattr__(self, name: str):
+        return getattr(self._store, name)
+
+
+def test_who_may_not_delete_may_still_hold_a_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(keys) -> None:
+        raise StorageError("not allowed")
+
+    with hold_run(store, LAYOUT):
+        pass
+    monkeypatch.setattr(store, "delete", refuse)
+    with hold_run(store, LAYOUT) as lock:
+        lock.check()
 
 
 def test_released_run_is_free_at_once_and_leaves_one_small_object(store: Store) -> None:
@@ -149,6 +198,7 @@ def test_process_that_has_ended_is_known_and_others_get_the_benefit_of_the_doubt
     assert not has_ended(process_identity())
     assert has_ended(f"{place}/{int(ended.stdout)}/1")
     assert has_ended(f"{place}/{os.getpid()}/1")  # the number was given to another process since
+    assert not has_ended(f"{place}/{10**30}/1")
     assert not has_ended(f"elsewhere/{int(ended.stdout)}/1")
     assert not any(map(has_ended, ["", "/", "//", f"{place}/x/1", place]))
 

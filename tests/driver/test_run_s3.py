@@ -44,7 +44,7 @@ def test_run_on_s3_stopped_in_a_block_resumes_to_the_same_weights(digits_config:
     assert read_status(f"{minio_uri}/run")["state"] == "running"
     resumed = resume(f"{minio_uri}/run")
     assert resumed["weights_checksum"] == straight["weights_checksum"]
-    removed = [key for key, _ in collect_garbage(f"{minio_uri}/run", dry_run=False)]
+    removed = [item.key for item in collect_garbage(f"{minio_uri}/run", dry_run=False)]
     assert removed, "the stopped attempt left a checkpoint"
     assert resume(f"{minio_uri}/run")["weights_checksum"] == straight["weights_checksum"]
 

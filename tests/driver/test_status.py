@@ -15,6 +15,7 @@ from nf_pipeline.events import EpochDone, Event, StageDone, StageFailed, StageSk
 from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, commit_manifest
+from nf_pipeline.storage.sealed import seal
 from nf_pipeline.storage.store import Store, open_store
 
 LAYOUT = RunLayout("run")
@@ -72,7 +73,7 @@ def plan_of(num_blocks: int) -> Plan:
 
 def put_plan(store: Store, num_blocks: int) -> None:
     document = {"format_version": 1, "fingerprint": "f", **plan_of(num_blocks).to_json()}
-    store.put(LAYOUT.plan_json, json.dumps(document).encode())
+    store.put(LAYOUT.plan_json, seal(document))
 
 
 def commit(store: Store, stage: str, key: str) -> None:

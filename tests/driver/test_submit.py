@@ -98,8 +98,26 @@ def test_inline_executor_is_refused() -> None:
 
 
 def test_variables_are_handed_on_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NF_TEST_SECRET", "hush")
-    assert prepare(config(), ["NF_TEST_SECRET"]).environment == {"NF_TEST_SECRET": "hush"}
+    monkeypatch.setenv("NF_TEST_VALUE", "kept")
+    assert prepare(config(), ["NF_TEST_VALUE"]).environment == {"NF_TEST_VALUE": "kept"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "hush"),
+        ("RAY_AUTH_TOKEN", "hush"),
+        ("https_proxy", "http://me:hush@proxy:3128"),
+        ("NF_TEST_DATA", "https://host/images?X-Amz-Signature=hush"),
+    ],
+)
+def test_credential_is_not_handed_on_where_every_user_of_the_cluster_sees_it(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"--env {name}") as caught:
+        prepare(config(), [name])
+    assert "hush" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["NF_TEST_ABSENT", "NF_TEST=hush", "", "1A", "A B"])

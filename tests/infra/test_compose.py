@@ -16,6 +16,7 @@ CREDENTIALS = {"NF_S3_KEY": "k" * 8, "NF_S3_SECRET": "s" * 16, "NF_RAY_TOKEN": "
 SERVICES = read_services(CREDENTIALS)
 RAY_SERVICES = ("ray-head", "worker", "gpu-worker", "train")
 SENSITIVE = re.compile(r"KEY|SECRET|PASSWORD|ROOT_USER|TOKEN")
+STORE_DOCKERFILE = (ROOT / "infra" / "object-store.Dockerfile").read_text(encoding="utf8")
 ENV_EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf8")
 
 
@@ -120,11 +121,35 @@ def test_images_are_pinned():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]["version"]
     store_image = "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z"
     images = {name: service["image"] for name, service in SERVICES.items()}
-    assert images == dict.fromkeys(("object-store", "bucket"), store_image) | dict.fromkeys(
-        RAY_SERVICES, f"nf-pipeline:{version}"
-    )
+    own = {"object-store": f"nf-pipeline-object-store:{version}", "bucket": store_image}
+    assert images == own | dict.fromkeys(RAY_SERVICES, f"nf-pipeline:{version}")
+    assert SERVICES["object-store"]["build"]["args"] == {"IMAGE": store_image}
+    assert f"ARG IMAGE={store_image}\n" in STORE_DOCKERFILE
     given = read_services(CREDENTIALS | {"NF_S3_IMAGE": "a:1", "NF_IMAGE": "b:2"})
-    assert {service["image"] for service in given.values()} == {"a:1", "b:2"}
+    assert {service["image"] for service in given.values()} == {own["object-store"], "a:1", "b:2"}
+    assert given["object-store"]["build"]["args"] == {"IMAGE": "a:1"}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_service_runs_as_an_ordinary_user_that_can_gain_nothing(name):
+    service = SERVICES[name]
+    assert service["user"] == "10001:10001"
+    assert service["cap_drop"] == ["ALL"] and "cap_add" not in service and "privileged" not in service
+    assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "object-store.Dockerfile"])
+def test_image_ends_as_the_user_of_the_services_and_holds_no_credential(file):
+    lines = (ROOT / "infra" / file).read_text(encoding="utf8").splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users[-1].partition(":")[0] == SERVICES["worker"]["user"].partition(":")[0]
+    assert [line for line in lines if re.match("ENV|ARG", line) and SENSITIVE.search(line)] == []
+
+
+@pytest.mark.parametrize("name", ["object-store", "bucket"])
+def test_service_of_the_store_writes_only_to_its_volume_and_to_memory(name):
+    service = SERVICES[name]
+    assert service["read_only"] is True and service["tmpfs"] == [service["environment"]["HOME"]]
 
 
 def test_data_is_in_a_named_volume():

@@ -8,14 +8,17 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from compose_file import ROOT
+from process_sessions import members
 from s3_servers import find_juicefs
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 UP, DOWN = ROOT / "infra" / "local" / "up", ROOT / "infra" / "local" / "down"
 NUM_WORKERS = 2
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 # What a shell that has sourced the file can do: read a node's resources, write to the bucket.
 USER = """
@@ -45,6 +48,16 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
         run(DOWN, os.environ | own)
 
 
+def listening_addresses(leader: int) -> set[str]:
+    """Returns the addresses that the processes of a session listen on."""
+    return {
+        connection.laddr.ip
+        for pid in members(leader)
+        for connection in psutil.Process(pid).net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
 def run(command: Path | str, environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([command, *flags], env=environment, capture_output=True, text=True, timeout=150)
 
@@ -60,6 +73,8 @@ def test_up_starts_a_store_and_workers_and_down_stops_them(environment: dict[str
     env_file = state / "env"
     assert env_file.stat().st_mode & 0o077 == 0, "the credentials are for their owner alone"
     ray_folder = Path((state / "ray-folder").read_text().strip())
+    listening = {name: listening_addresses(pid) for name, pid in pids.items()}
+    assert all(listening.values()) and set().union(*listening.values()) <= LOOPBACK, listening
 
     again = run(UP, environment)
     assert again.returncode == 0 and "already" in again.stdout

@@ -41,7 +41,7 @@ def write(store):
         spec = TensorSpec("float16", (3, 4), codec)
         tensors, labels, sample_ids = make_rows(spec, num_rows)
         with ShardWriter(
-            store, lambda idx: f"x/train-{idx:05d}.parquet", spec, spec.nbytes * rows_per_shard
+            store, lambda idx: f"run/blocks/000/x/train-{idx:05d}.parquet", spec, spec.nbytes * rows_per_shard
         ) as writer:
             writer.append(tensors, labels, sample_ids)
         shards = writer.close()

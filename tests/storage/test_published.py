@@ -15,7 +15,8 @@ from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
 from nf_pipeline.storage.store import Store, open_store
 
 SPEC = TensorSpec("uint8", (4,))
-SOURCE = Source(manifest_key="run/manifest.json", publication_keys=("run/0.json", "run/1.json"))
+HOME = "run/blocks/000"
+SOURCE = Source(manifest_key="run/blocks/000/manifest.json", publication_keys=("run/0.json", "run/1.json"))
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def info(name: str, num_rows: int = 10) -> ShardInfo:
-    return ShardInfo(key=name, num_bytes=1, num_rows=num_rows, checksum="sha256:0")
+    return ShardInfo(key=f"{HOME}/{name}", num_bytes=1, num_rows=num_rows, checksum="sha256:0")
 
 
 def manifest(attempt: str, *shards: ShardInfo) -> StageManifest:
@@ -45,13 +46,13 @@ def test_shard_is_waited_for_until_its_writer_announces_it(store: Store) -> None
     shards = PublishedShards(Announcements(store, SOURCE), "train", [10, 15], 10)
     assert [shards.num_rows(idx) for idx in range(len(shards))] == [10, 10, 5]
     threading.Timer(0.3, lambda: (publication.add(1, info("second of part 1", 5)), publication.flush())).start()
-    assert shards.get(2).key == "second of part 1"
+    assert shards.get(2).key == f"{HOME}/second of part 1"
 
 
 def test_commit_replaces_the_announcements(store: Store) -> None:
     shards = PublishedShards(Announcements(store, SOURCE), "train", [10, 10], 10)
     commit_manifest(store, SOURCE.manifest_key, manifest("a", info("x"), info("y")))
-    assert [shards.get(idx).key for idx in range(2)] == ["x", "y"]
+    assert [shards.get(idx).key for idx in range(2)] == [f"{HOME}/x", f"{HOME}/y"]
 
 
 @pytest.mark.parametrize("by_commit", [False, True])
@@ -89,7 +90,7 @@ def test_wait_lasts_as_long_as_other_shards_come(store: Store) -> None:
 
     thread = threading.Thread(target=write_slowly)
     thread.start()
-    assert shards.get(4).key == "shard 4"
+    assert shards.get(4).key == f"{HOME}/shard 4"
     thread.join()
 
 
@@ -102,12 +103,13 @@ def test_damaged_record_is_an_error_that_names_it(store: Store) -> None:
 def test_reader_of_a_growing_split_yields_what_a_reader_of_the_finished_one_yields(store: Store) -> None:
     rows = np.random.default_rng(0).integers(0, 255, (95, SPEC.nbytes), np.uint8)
     ids = np.arange(95)
-    source = Source(manifest_key="run/manifest.json", publication_keys=("run/0.json",))
+    source = Source(manifest_key="run/blocks/000/manifest.json", publication_keys=("run/0.json",))
     publication = Publication(store, "run/0.json", "a")
     growing = PublishedShards(Announcements(store, source), "train", [95], 10)
 
     def write() -> None:
-        with ShardWriter(store, lambda idx: f"s{idx}", SPEC, 10 * SPEC.nbytes, on_stored=publication.add) as writer:
+        size = 10 * SPEC.nbytes
+        with ShardWriter(store, lambda idx: f"{HOME}/{idx}", SPEC, size, on_stored=publication.add) as writer:
             for start in range(0, 95, 19):
                 piece = slice(start, start + 19)
                 writer.append(rows[piece], ids[piece], ids[piece])

@@ -7,6 +7,7 @@ from torch import nn
 
 from nf_pipeline.errors import ObjectCorrupt
 from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.sealed import seal, unseal
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.worker.checkpoint import (
     CheckpointRecord,
@@ -89,9 +90,29 @@ def test_flipped_bit_is_an_error_that_names_the_checkpoint(store: Store) -> None
         load_checkpoint(store, record, [unit], [optimizer])
 
 
-def test_broken_record_is_passed_over(store: Store) -> None:
+def test_changed_record_is_an_error_that_names_it_and_offers_a_repair(store: Store) -> None:
     save(store, "a", 1)
-    store.put(f"{LAYOUT.block_attempt(0, 'b')}/checkpoint.json", b"{")
+    save(store, "b", 2)
+    key = f"{LAYOUT.block_attempt(0, 'b')}/checkpoint.json"
+    store.put(key, bytes(store.get(key)).replace(b'"epoch": 2', b'"epoch": 3'))
+    with pytest.raises(ObjectCorrupt, match=key) as caught:
+        find_checkpoint(store, LAYOUT, 0, "f", 4)
+    assert "/r --repair" in caught.value.fix
+
+
+def test_record_that_names_another_blocks_tensors_is_refused(store: Store) -> None:
+    save(store, "a", 1)
+    key = f"{LAYOUT.block_attempt(0, 'a')}/checkpoint.json"
+    document = unseal(store.get(key))
+    document["record"]["key"] = "r/blocks/001/attempt-a/checkpoint-00001.safetensors"
+    store.put(key, seal(document))
+    with pytest.raises(ObjectCorrupt, match="want a key below r/blocks/000/"):
+        find_checkpoint(store, LAYOUT, 0, "f", 4)
+
+
+def test_checkpoint_without_its_tensors_gives_way_to_an_older_one(store: Store) -> None:
+    save(store, "a", 1)
+    store.delete([save(store, "b", 2).key])
     assert find_checkpoint(store, LAYOUT, 0, "f", 4).epoch == 1
 
 
