@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nf_pipeline.core.collectives import PeerLost
 from nf_pipeline.errors import ConfigError, NFError
 from nf_pipeline.host import memory_bytes
 from nf_pipeline.units import format_bytes
@@ -29,11 +30,12 @@ def user_code(what: str, fix: str) -> Iterator[None]:
         fix: one action.
 
     Raises:
-        ConfigError: anything was raised, `SystemExit` included. Documented errors and Ctrl-C pass.
+        ConfigError: anything was raised, `SystemExit` included. Documented errors, a lost worker of the gang and
+            Ctrl-C pass.
     """
     try:
         yield
-    except (NFError, KeyboardInterrupt, torch.OutOfMemoryError):
+    except (NFError, PeerLost, KeyboardInterrupt, torch.OutOfMemoryError):
         raise
     except BaseException as error:  # the user's code can fail in any way, and sys.exit() must not end this program
         raise ConfigError(f"{what}: {describe(error)}", fix) from error

@@ -16,6 +16,7 @@ from nf_pipeline.core.local_unit import LocalUnit, build_units
 from nf_pipeline.core.memory import measure_peak
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.train_step import make_optimizer, resolve_device, train_step
+from nf_pipeline.core.user_code import user_code
 from nf_pipeline.errors import OutOfBudget, WorkerLost
 from nf_pipeline.events import EpochDone, Event, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
@@ -183,7 +184,7 @@ class _Attempt:
             self._set_learning_rate(epoch * len(sizes) + step, len(sizes))
             num_local, num_total = len(batch.y_N), sizes[step]
             num_images += num_total
-            with self._meter(step):
+            with self._meter(step), self._own_model(epoch, step):
                 batch.track(self.meter)
                 # take_x: no name here may keep the inputs alive while the later units train.
                 losses = train_step(
@@ -237,6 +238,12 @@ class _Attempt:
         # Every step of an epoch holds the same tensors. Counting them costs a CPU step up to 5 %, so only the
         # first of each epoch are counted; a GPU's allocator counts for nothing.
         return self.meter if step < METERED_STEPS or self.device.type == "cuda" else nullcontext()
+
+    def _own_model(self, epoch: int, step: int) -> AbstractContextManager[object]:
+        # A registry model that fails is a bug of this program; a factory's is for its author.
+        name = self.task.plan.model
+        where = f"model {name}: training fails in epoch {epoch + 1}, step {step + 1}"
+        return user_code(where, "correct the model") if ":" in name else nullcontext()
 
     def _set_learning_rate(self, step: int, steps_per_epoch: int) -> None:
         total = steps_per_epoch * self.train_config.epochs

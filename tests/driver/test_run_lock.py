@@ -142,6 +142,7 @@ def test_who_may_not_delete_may_still_hold_a_run(store: Store, monkeypatch: pyte
     monkeypatch.setattr(store, "delete", refuse)
     with hold_run(store, LAYOUT) as lock:
         lock.check()
+        assert read_lock(store, LAYOUT).generation == 1
 
 
 def test_released_run_is_free_at_once_and_leaves_one_small_object(store: Store) -> None:
@@ -183,6 +184,7 @@ def test_store_without_exclusive_creation_ends_all_drivers_but_one(minio_uri: st
         record = json.loads(bytes(store.get(LAYOUT.lock(0))))
         store.put(LAYOUT.lock(0), json.dumps(record | {"holder": "other:1", "token": "another"}).encode())
         _wait_until(lambda: first.is_lost)
+        assert read_lock(store, LAYOUT).token == "another"
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"holder": 1, "since_s": 1e300}'])

@@ -24,6 +24,7 @@ def test_epoch_that_is_being_trained_is_finished_first(phase: str) -> None:
     stop.check(progress(phase))
     stop.ask()
     stop.check(progress(phase))
+    assert stop.is_asked
 
 
 @pytest.mark.parametrize("event", [None, progress("write"), progress("wait"), progress("ingest")])

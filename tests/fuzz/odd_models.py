@@ -21,6 +21,17 @@ def small(num_classes: int = 10, channels: int = 1) -> nn.Sequential:
     )
 
 
+def _fail_on_real_batches(module: nn.Module, inputs: tuple[torch.Tensor], _output: torch.Tensor) -> None:
+    if module.training and type(inputs[0]) is torch.Tensor and len(inputs[0]) > 2:  # not while it is planned
+        raise ValueError("no luck today")
+
+
+def fails_late(num_classes: int) -> nn.Sequential:
+    model = small(num_classes)
+    model[1].register_forward_hook(_fail_on_real_batches)  # a part of torch.nn, which is not traced through
+    return model
+
+
 class _Broken(BaseException):
     def __str__(self) -> str:
         raise RuntimeError("even its text fails")

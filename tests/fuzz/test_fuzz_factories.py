@@ -9,9 +9,10 @@ from cases import documented, fuzz, tried
 from hypothesis import strategies as st
 from junk import odd_texts
 
-from nf_pipeline.config import validate_config
+from nf_pipeline.config import resolve_config, validate_config
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.planner import make_plan
+from nf_pipeline.driver.run import train
 from nf_pipeline.errors import ConfigError, NFError, PlanError
 from nf_pipeline.plans import Plan
 
@@ -19,7 +20,7 @@ SHAPE = (1, 8, 8)
 ROWS = {"train": 100, "val": 20}
 FINE = {
     *("small", "lambda_model", "cached_model", "one_by_one", "prints", "lazy", "changes_its_mind"),
-    *("double", "half", "frozen", "holds_a_lock"),
+    *("double", "half", "frozen", "holds_a_lock", "fails_late"),
 }
 NAMES = sorted(
     name
@@ -146,3 +147,11 @@ def test_images_too_large_for_one_forward_pass_are_refused_before_it_is_made(mon
     config = validate_config({"memory": {"budget_bytes": 2**40}, "model": {"name": "vgg11_bn"}})
     with pytest.raises(ConfigError, match=r"its activations take .* this machine has"):
         make_plan(config, image_shape=(3, 2**10, 2**10), num_classes=10, split_rows=ROWS)
+
+
+def test_model_that_fails_only_while_it_is_trained_is_named_with_epoch_and_step(tmp_path: Path) -> None:
+    flags = {"model.name": "odd_models:fails_late", "memory.budget_bytes": "8MiB", "cluster.executor": "inline"}
+    config = resolve_config(flags={**flags, "storage.uri": str(tmp_path), "data.max_train_images": 100})
+    outcome = documented(lambda: train(config))
+    assert isinstance(outcome, ConfigError)
+    assert "training fails in epoch 1, step 1: ValueError: no luck today" in str(outcome)
