@@ -1,6 +1,7 @@
 """Whatever breaks, a run on a real Ray and a real S3 server ends with the weights of an undisturbed one, bit for bit.
 
-Every test is a row of the table that `make test-faults` writes: the fault, where it strikes, what it cost.
+Every test is a row of the table that `make test-faults` writes: the fault, where it strikes, what it cost. By default
+only one of each kind runs: a worker and its commit, a driver, the server.
 """
 
 import os
@@ -46,12 +47,12 @@ slow = pytest.mark.slow
     ("where", "path", "at"),
     [
         pytest.param("ingest, storing images", INGEST, At.REQUEST, marks=slow),
-        pytest.param("checkpoint, half of it sent", CHECKPOINT, At.HALF_REQUEST),
+        pytest.param("checkpoint, half of it sent", CHECKPOINT, At.HALF_REQUEST, marks=slow),
         pytest.param("checkpoint stored, its record not", CHECKPOINT_RECORD, At.REQUEST, marks=slow),
         pytest.param("checkpoint record stored, not told", CHECKPOINT_RECORD, At.ANSWER, marks=slow),
         pytest.param("writing shards, one half sent", WRITING, At.HALF_REQUEST, marks=slow),
-        pytest.param("between shards and manifest", MANIFEST, At.REQUEST),
-        pytest.param("manifest stored, not told", MANIFEST, At.ANSWER),
+        pytest.param("between shards and manifest", MANIFEST, At.REQUEST, marks=slow),
+        pytest.param("manifest stored, not told", MANIFEST, At.ANSWER, marks=slow),
         pytest.param("second block, checkpoint record", SECOND_BLOCK, At.REQUEST, marks=slow),
         pytest.param("model, storing weights", MODEL, At.REQUEST, marks=slow),
     ],
@@ -63,6 +64,7 @@ def test_worker_killed_at_a_request_is_replaced(scene: Scene, where: str, path: 
     scene.check("SIGKILL of the worker", where, len(rule.hits), outcome)
 
 
+@slow
 def test_worker_killed_in_training_is_replaced_and_goes_on_from_its_last_epoch(scene: Scene) -> None:
     killed: list[int] = []
     events: list[Event] = []
@@ -116,7 +118,8 @@ def test_killed_driver_is_resumed_by_the_next_one(scene: Scene, tmp_path: Path, 
     scene.check("SIGKILL of the driver", where, len(rule.hits), killed, run_to_end(config))
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(6, id="6s"), pytest.param(25, id="25s", marks=slow)])
+@slow
+@pytest.mark.parametrize("seconds", [6, 25])
 def test_restarted_server_costs_time_and_no_work(scene: Scene, seconds: float) -> None:
     rule = scene.proxy.add(when(WRITING, lambda: scene.server.restart_after(seconds)))
     outcome = run_to_end(scene.config())
@@ -129,7 +132,7 @@ OUTAGES = [
     pytest.param("answers 500 for 30 s", Answer(status=500), At.REQUEST, 30.0, marks=slow),
     pytest.param("resets connections for 5 s, before the request", Reset(), At.REQUEST, 5.0, marks=slow),
     pytest.param("resets connections for 5 s, in the request", Reset(), At.HALF_REQUEST, 5.0, marks=slow),
-    pytest.param("resets connections for 5 s, before the answer", Reset(), At.ANSWER, 5.0),
+    pytest.param("resets connections for 5 s, before the answer", Reset(), At.ANSWER, 5.0, marks=slow),
     pytest.param("resets connections for 5 s, in the answer", Reset(), At.HALF_ANSWER, 5.0, marks=slow),
     pytest.param("hangs for 5 s", Hang(), At.REQUEST, 5.0, marks=slow),
 ]

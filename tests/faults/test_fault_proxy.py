@@ -95,6 +95,7 @@ def test_hanging_server_is_given_up_after_the_read_timeout(
 ) -> None:
     monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1)
     store = open_store(f"s3://{server.make_bucket()}/prefix")
+    store._files.retries = 1
     store.put("a", b"1")
     with proxy.breaking(Rule(fault=Hang(), times=None)), pytest.raises(StoreUnreachable):
         store.get("a")
