@@ -1,11 +1,19 @@
 """Fixtures that several test folders use: real S3 servers, one of each kind for the whole run."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 from s3_servers import S3Server, find_juicefs
 from s3_servers import minio_server as run_minio_server
 from s3_servers import moto_server as run_moto_server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_counts() -> None:
+    """Lets SIGINT do what it does in a terminal: a shell starts its background jobs, and all they start, without."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
