@@ -164,7 +164,8 @@ def export(uri: str, format_name: str, output: str, model: str | None = None) ->
     files = makers[format_name](load_model(uri, model=model), target)
     with _write_errors("the model", output):
         for path, data in files.items():
-            path.write_bytes(data)
+            with _whole_file("the model", path) as partial:
+                partial.write_bytes(data)
     return str(target)
 
 
@@ -192,8 +193,7 @@ def _prediction_file(output: str) -> Iterator[Callable[[pa.Table], None]]:
     target = Path(output)
     with _write_errors("predictions", output):
         _prepare_target(target)
-    partial = target.with_name(f".{target.name}.part")
-    try:
+    with _whole_file("predictions", target) as partial:
         with _write_errors("predictions", output):
             writer = pq.ParquetWriter(partial, PREDICTION_SCHEMA)
 
@@ -204,6 +204,15 @@ def _prediction_file(output: str) -> Iterator[Callable[[pa.Table], None]]:
         yield write
         with _write_errors("predictions", output):
             writer.close()
+
+
+@contextlib.contextmanager
+def _whole_file(what: str, target: Path) -> Iterator[Path]:
+    """Yields a name beside the target, which replaces it when the block ends well: nobody meets half a file."""
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        yield partial
+        with _write_errors(what, str(target)):
             partial.replace(target)
     finally:
         with contextlib.suppress(OSError):  # whatever ended the block says more than what follows from it

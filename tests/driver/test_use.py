@@ -214,3 +214,21 @@ def test_own_factory_trains_and_is_imported_again_only_if_named(own_factory: str
     assert not trace.exists()
     assert load_model(uri, model=own_factory).card.model == own_factory
     assert trace.exists()
+
+
+def test_export_replaces_an_older_file_only_as_a_whole(
+    finished: tuple[str, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model.safetensors"
+    target.write_bytes(b"older")
+
+    def stop(path: Path, data: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export(finished[0], "safetensors", str(target))
+    assert target.read_bytes() == b"older"
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
