@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 STALL_TIMEOUT_S = 3600.0  # a stage reports every few seconds where it can; an hour of silence is a hang
 EVENT_TIMEOUT_S = 60.0  # fetching an event that is ready
 LOOK_EVERY_S = 1.0  # how soon a waiting stage notices that the run is being stopped
+ENDING_S = 0.5  # in which a stage ends whose error is here
 LAST_WORDS_S = 5.0  # in which the other members of a gang say why one of them died
 
 
@@ -302,6 +304,20 @@ def _next_event(name: str, stream: Stream) -> Event | None:
             return ray.get(next(stream), timeout=EVENT_TIMEOUT_S)
         except StopIteration:
             return None
+        except RayError:
+            _await_end(stream)
+            raise
+
+
+def _await_end(stream: Stream) -> None:
+    """Waits for the end of a stage whose error has just arrived, which is a matter of milliseconds.
+
+    Its process is kept: if it were cancelled then, that could hit the next stage there. (Asking for `completed()`
+    instead makes Ray 2.60 abort this process now and then.)
+    """
+    deadline = time.monotonic() + ENDING_S
+    while not stream.is_finished() and time.monotonic() < deadline:
+        time.sleep(ENDING_S / 50)
 
 
 def _reason(name: str, others: list[Stream], lost: WorkerLost) -> NFError:
