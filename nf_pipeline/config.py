@@ -41,6 +41,9 @@ ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
 AUTO: Final = "auto"
 """Value of `memory.budget_bytes` that leaves the budget to what the workers have."""
 
+NEVER: Final = "never"
+"""Value of `exits.patience` with which all blocks are trained, where None cannot be written."""
+
 
 def _parse_budget(value: Any) -> Any:
     return AUTO if value == AUTO else parse_bytes(value)
@@ -52,8 +55,13 @@ def _refuse_credentials(value: str) -> str:
     return value
 
 
+def _parse_patience(value: Any) -> Any:
+    return None if value == NEVER else value
+
+
 Place = Annotated[str, AfterValidator(_refuse_credentials)]
 Budget = Annotated[int | Literal["auto"], BeforeValidator(_parse_budget)]
+Patience = Annotated[int | None, Field(ge=1, le=1000), BeforeValidator(_parse_patience)]
 
 
 class _Section(BaseModel):
@@ -106,6 +114,8 @@ class MemoryConfig(_Section):
     """Batches never grow beyond this, however much memory there is."""
     min_batch_size: int = Field(default=2, ge=2, le=65536)
     """A layer that cannot train with this many samples is a plan error."""
+    good_batch_size: int = Field(default=32, ge=2, le=65536)
+    """Batches from here on train well: a plan with a smaller one is taken only where no other fits."""
     safety_margin: float = Field(default=0.03, ge=0.0, le=0.5)
     """Part of the budget that plans leave free."""
     join_threshold: float = Field(default=0.4, ge=0.0, le=1.0)
@@ -130,11 +140,15 @@ class TrainConfig(_Section):
     workers_per_block: int = Field(default=1, ge=1, le=256)
     """Workers that share a block's batches: the effective batch is as many times the planned one."""
     augment: Literal["none", "flip", "crop_flip"] = "none"
-    """Random changes of the images: the first block sees new ones every epoch, the blocks after it every round."""
-    unit_layers: int = Field(default=2, ge=1, le=1000)
-    """Layers per local unit, with backpropagation inside; 1 is the paper's form."""
+    """Random changes of the images: what starts from the images sees new ones every epoch, the rest every round."""
+    local: Literal["auto", "layer", "block"] = "auto"
+    """What plans are made of: `layer` gives every layer a head and a loss of its own (the paper's form), `block` as
+    many layers as memory allows, with backpropagation inside, up to the whole network; auto takes the fastest."""
+    unit_layers: int | None = Field(default=None, ge=1, le=1000)
+    """Layers per local unit, with backpropagation inside. Given, nothing is timed, and the plan is the same wherever
+    it is made; None leaves it to `local`."""
     head: str = "adaptive"
-    """Auxiliary head of each unit: adaptive, classic or mlp_sr."""
+    """Auxiliary head of each unit: adaptive (linear where there is no room for it), classic, linear or mlp_sr."""
     lr: float = Field(default=0.05, gt=0.0, le=100.0)
     """Peak learning rate at batch 128; scales linearly with the block's batch size."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -148,7 +162,13 @@ class TrainConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU when there is one."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Same seed, same weights, whichever executor (on CPU bit for bit)."""
+    """Same seed and plan, same weights, whichever executor (on CPU bit for bit)."""
+
+    @model_validator(mode="after")
+    def _one_way_to_form_units(self) -> "TrainConfig":
+        if self.unit_layers is not None and self.local == "block":
+            raise ValueError("local=block forms units itself: leave out unit_layers")
+        return self
 
 
 class ExitsConfig(_Section):
@@ -158,6 +178,10 @@ class ExitsConfig(_Section):
     """Percentage points that the chosen exit may be below the best one."""
     confidence: float = Field(default=0.95, gt=0.0, le=0.999999)
     """Level of the intervals around each exit's validation accuracy."""
+    patience: Patience = 2
+    """The run ends when so many blocks in a row brought no exit above the validation noise; see
+    `nf_pipeline.core.early_stop`. "never" trains all blocks. Only sequential runs can end early: a pipelined one
+    trains all blocks at the same time. May change while a run is continued; what is trained counts."""
 
 
 class StorageConfig(_Section):
@@ -165,12 +189,16 @@ class StorageConfig(_Section):
 
     uri: Place = "./nf-runs"
     """A folder or s3://bucket/prefix; endpoint and credentials come from the environment."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    """Type of stored activations."""
+    dtype: Literal["float32", "float16", "bfloat16", "uint8"] = "float16"
+    """Type of stored activations; `uint8` is 8 bits with a scale and a zero point per channel, measured per block."""
     codec: Literal["none", "zstd", "lz4"] = "none"
     """Parquet compression of the shards."""
     shard_bytes: ByteCount = 32 * 2**20
     """Tensor bytes per shard object."""
+    cache: Literal["auto", "shards", "recompute"] = "auto"
+    """Where a block's input comes from: `shards` stores every block's activations, `recompute` runs trained layers
+    again on every batch, as far as they fit the budget, `auto` takes what measured rates say is faster. What starts
+    from the images sees `train.augment` anew every epoch. Pipelined runs and plans without timings store shards."""
     keep_activations: Literal["all", "last", "none"] = "all"
     """`last` deletes a block's activations once the next block is trained on them, but for the last ones of the run;
     `none` deletes these as well when the final model is there. May change while a run is continued."""
@@ -214,10 +242,25 @@ class RunConfig(_Section):
     storage: StorageConfig = StorageConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="after")
+    def _check_cache(self) -> "RunConfig":
+        if self.train.mode == "pipelined" and self.storage.cache == "recompute":
+            raise ValueError(
+                "storage.cache recompute needs train.mode sequential: blocks of a pipelined run train on what others "
+                "publish every round"
+            )
+        return self
+
     @property
     def fingerprint(self) -> str:
         """Hash of every setting that can change the result (16 hex digits)."""
-        excluded = {"run": True, "cluster": True, "storage": {"uri", "keep_activations"}, "data": {"decode_threads"}}
+        excluded = {
+            "run": True,
+            "cluster": True,
+            "storage": {"uri", "keep_activations"},
+            "data": {"decode_threads"},
+            "exits": {"patience"},
+        }
         settings = self.model_dump(exclude=excluded)
         return fingerprint_of({"format_version": FORMAT_VERSION, **settings})
 

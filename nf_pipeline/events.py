@@ -126,6 +126,17 @@ class StageSkipped(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageNotNeeded(Event):
+    """A stage is left out: the run ends without it.
+
+    Attributes:
+        note: one line for the log.
+    """
+
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageFailed(Event):
     """An attempt ended with an error.
 

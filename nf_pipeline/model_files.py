@@ -27,7 +27,7 @@ class ModelCard:
     """What model.json says: architecture, how it was chosen, how good it is.
 
     Attributes:
-        model, image_shape, num_classes, head, unit_layers, num_units: rebuild the architecture.
+        model, image_shape, num_classes, head, num_layers: rebuild the architecture.
         class_names: one per class.
         mean, std: per channel, of pixels scaled to [0, 1].
         exit_layer_idx, exit_layer: the last layer that was kept.
@@ -43,8 +43,7 @@ class ModelCard:
     num_classes: int
     class_names: tuple[str, ...]
     head: str
-    unit_layers: int
-    num_units: int
+    num_layers: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     exit_layer_idx: int
@@ -91,9 +90,8 @@ class ModelCard:
         channels, height, width = self.image_shape
         if channels not in (1, 3) or not len(self.mean) == len(self.std) == channels or min(self.std) <= 0:
             raise ValueError(f"image_shape, mean, std: got {self.image_shape}, {self.mean}, {self.std}")
-        if not (height * width <= _MAX_PIXELS and min(height, width, self.unit_layers, self.num_units) >= 1):
-            got = (self.image_shape, self.unit_layers, self.num_units)
-            raise ValueError(f"image_shape, unit_layers, num_units: got {got}")
+        if not (height * width <= _MAX_PIXELS and min(height, width, self.num_layers) >= 1):
+            raise ValueError(f"image_shape, num_layers: got {self.image_shape}, {self.num_layers}")
 
     def build(self) -> ExitModel:
         """Builds the architecture with fresh weights."""
@@ -102,8 +100,7 @@ class ModelCard:
             image_shape=self.image_shape,
             num_classes=self.num_classes,
             head=self.head,
-            unit_layers=self.unit_layers,
-            num_units=self.num_units,
+            num_layers=self.num_layers,
         )
         return build_exit_model(spec, mean=self.mean, std=self.std)
 

@@ -36,9 +36,10 @@ LEVELS = {
     "nf_pipeline.worker": 2,
     "nf_pipeline.executors": 2,
     "nf_pipeline.driver": 3,
-    "nf_pipeline.cli": 4,
-    "nf_pipeline.__main__": 4,
-    "nf_pipeline": 4,  # the facade: `from nf_pipeline import train`
+    "nf_pipeline.bench": 4,
+    "nf_pipeline.cli": 5,
+    "nf_pipeline.__main__": 5,
+    "nf_pipeline": 5,  # the facade: `from nf_pipeline import train`
 }
 
 # Library -> the only places that may import it; "lazy" ones only inside a function.
@@ -54,8 +55,9 @@ ONLY_IN = {
     "s3fs": ("nf_pipeline.storage.s3",),
     "click": ("nf_pipeline.cli",),
     "rich": ("nf_pipeline.cli",),
+    "matplotlib": ("nf_pipeline.bench.plots",),
 }
-LAZY = {"s3fs"}
+LAZY = {"s3fs", "matplotlib"}
 
 # Package -> what it must do without.
 WITHOUT = {

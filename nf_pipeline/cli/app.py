@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import click
 
+from nf_pipeline.cli.bench_command import bench_cell_command, bench_command
 from nf_pipeline.cli.cluster_commands import submit_command, worker_resources_command
 from nf_pipeline.cli.model_commands import evaluate_command, export_command, predict_command
 from nf_pipeline.cli.options import Session, debug_option
@@ -62,6 +63,8 @@ for command in (
     doctor_command,
     verify_command,
     gc_command,
+    bench_command,
+    bench_cell_command,
 ):
     command_line.add_command(command)
 

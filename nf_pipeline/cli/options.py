@@ -46,6 +46,21 @@ class KeepPolicy(click.ParamType):
         return policy
 
 
+class StopPolicy(click.ParamType):
+    """When a run ends before all blocks are trained, typed as "patience=2" or "never"."""
+
+    name = "stop"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        """Returns the number of blocks, or "never"."""
+        if value == "never" or isinstance(value, int):
+            return value
+        kind, _, patience = value.partition("=")
+        if kind != "patience" or not patience.isdecimal() or int(patience) < 1:
+            self.fail(f"got {value!r}, want patience=N with N of 1 or more, or never", param, ctx)
+        return int(patience)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConfigFlag:
     """A named flag for one configuration field.
@@ -78,6 +93,7 @@ class ConfigFlag:
 
 
 KEEP_METAVAR = "activations=" + "|".join(KeepPolicy.policies)
+STOP_METAVAR = "patience=N|never"
 
 CONFIG_FLAGS = (
     ConfigFlag(
@@ -157,6 +173,14 @@ CONFIG_FLAGS = (
         explanation="Passes over the train split, per block.",
     ),
     ConfigFlag(
+        name="--local",
+        field="train.local",
+        default="auto",
+        value_type=click.Choice(["auto", "layer", "block"]),
+        explanation="A head and a loss of its own for every layer, or blocks of as many layers as memory allows, up "
+        "to plain backpropagation; auto takes the fastest.",
+    ),
+    ConfigFlag(
         name="--mode",
         field="train.mode",
         default="sequential",
@@ -185,6 +209,23 @@ CONFIG_FLAGS = (
         default="auto",
         value_type=click.Choice(["auto", "cpu", "cuda"]),
         explanation="Train on this device; auto takes a GPU when there is one.",
+    ),
+    ConfigFlag(
+        name="--stop",
+        field="exits.patience",
+        metavar=STOP_METAVAR,
+        value_type=StopPolicy(),
+        default="patience=2",
+        explanation="End when N blocks in a row brought no exit above the validation noise, or train all blocks; "
+        "a pipelined run always does.",
+    ),
+    ConfigFlag(
+        name="--cache",
+        field="storage.cache",
+        default="auto",
+        value_type=click.Choice(["auto", "shards", "recompute"]),
+        explanation="Store every block's activations as shards, compute them again for every batch, or do what is "
+        "faster by the rates that are measured when the run begins.",
     ),
     ConfigFlag(
         name="--keep",
@@ -278,6 +319,13 @@ keep_option = click.option(
     type=KeepPolicy(),
     metavar=KEEP_METAVAR,
     help="Which blocks' stored activations stay, in place of what the run was started with.",
+)
+stop_option = click.option(
+    "--stop",
+    type=StopPolicy(),
+    metavar=STOP_METAVAR,
+    help="When to end before all blocks are trained, in place of what the run was started with; never goes on with a "
+    "run that ended early.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout; progress goes to stderr."

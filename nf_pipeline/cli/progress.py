@@ -10,14 +10,14 @@ import os
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from nf_pipeline.cli.run_view import RunView
-from nf_pipeline.events import EpochDone, Event, Note, Progress, StageDone, StageFailed, StageSkipped
+from nf_pipeline.events import EpochDone, Event, Note, Progress, StageDone, StageFailed, StageNotNeeded, StageSkipped
 from nf_pipeline.plans import Plan
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBars
     from rich.progress import TaskID
 
-_ENDS = (StageDone, StageSkipped, StageFailed)
+_ENDS = (StageDone, StageSkipped, StageNotNeeded, StageFailed)
 
 
 class ProgressDisplay(Protocol):

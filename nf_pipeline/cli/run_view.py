@@ -14,6 +14,7 @@ from nf_pipeline.events import (
     Progress,
     StageDone,
     StageFailed,
+    StageNotNeeded,
     StageSkipped,
     StageStarted,
 )
@@ -247,6 +248,7 @@ def _say_note(event: Note) -> list[str]:
 _MESSAGES: dict[type[Event], Callable[..., list[str]]] = {
     StageStarted: _say_started,
     StageSkipped: lambda event: ["skipped" + (f": {event.note}" if event.note else "")],
+    StageNotNeeded: lambda event: ["not needed" + (f": {event.note}" if event.note else "")],
     StageFailed: _say_failed,
     Note: _say_note,
     StageDone: lambda event: [f"done in {format_duration(event.seconds)}"],

@@ -15,6 +15,7 @@ from nf_pipeline.plans import BlockPlan, Plan
 from nf_pipeline.units import format_bytes
 
 STALE_AFTER_S = 600.0
+SHOWN_CANDIDATES = 8
 
 
 def align(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -50,7 +51,7 @@ def plan_text(plan: Plan, placement: Mapping[str, Any]) -> str:
         f"budget {format_bytes(plan.budget_bytes)}"
     )
     rows = [_plan_row(plan, block) for block in plan.blocks]
-    titles = ["block", "layers", "output", "batch", "predicted peak / budget", "shards"]
+    titles = ["block", "layers", "input", "output", "batch", "predicted peak / budget", "shards"]
     if None not in placement["workers_that_fit"]:
         titles += ["asks for", "workers that fit"]
         asked = zip(rows, placement["block_memory_bytes"], placement["workers_that_fit"], strict=True)
@@ -66,7 +67,27 @@ def plan_text(plan: Plan, placement: Mapping[str, Any]) -> str:
         "(--set storage.shard_bytes=SIZE), on top of what training and its libraries take"
     )
     reasons = [f"block {block.block_idx + 1}: {block.reason}" for block in plan.blocks]
-    return "\n".join([head, "", table, "", *reasons, "", foot, buffers])
+    return "\n".join([head, "", table, "", *reasons, *_candidates(plan), "", foot, buffers])
+
+
+def _candidates(plan: Plan) -> list[str]:
+    """Lists the plans that were compared, fastest first."""
+    if not plan.candidates:
+        return []
+    rows = [
+        [
+            candidate.name,
+            str(candidate.num_units),
+            ", ".join(map(str, candidate.batch_sizes)),
+            format_bytes(candidate.predicted_peak_bytes),
+            f"{candidate.predicted_s:.0f} s",
+            candidate.verdict,
+        ]
+        for candidate in plan.candidates[:SHOWN_CANDIDATES]
+    ]
+    table = align(["plan", "heads", "batch by block", "predicted peak", "predicted time", ""], rows)
+    rule = "the fastest whose batches train well is taken, and of about equal ones that with the fewest heads"
+    return ["", f"The fastest of {len(plan.candidates)} plans that fit; {rule}:", table]
 
 
 def summary_text(summary: Mapping[str, Any], run_uri: str) -> str:
@@ -201,11 +222,21 @@ def _plan_row(plan: Plan, block: BlockPlan) -> list[str]:
     return [
         f"{block.block_idx + 1}/{len(plan.blocks)}",
         f"{block.layers[0]}-{block.layers[1] - 1}",
+        _source(block),
         "x".join(map(str, plan.layers[block.layers[1] - 1].out_shape)),
         str(block.batch_size),
         format_peak(block.predicted_peak_bytes, block.budget_bytes),
         format_bytes(block.shard_bytes) if block.shard_bytes else "",
     ]
+
+
+def _source(block: BlockPlan) -> str:
+    """Names what a block reads, and the blocks whose layers run again on it."""
+    source = "images" if block.source_block < 0 else f"block {block.source_block + 1}"
+    if not block.recomputed:
+        return source
+    first, last = block.recomputed[0] + 1, block.recomputed[-1] + 1
+    return f"{source}, {first} again" if first == last else f"{source}, {first}-{last} again"
 
 
 def _block_row(block: Mapping[str, Any], budget_bytes: int) -> list[str]:

@@ -21,6 +21,7 @@ from nf_pipeline.cli.options import (
     keep_option,
     quiet_option,
     run_argument,
+    stop_option,
 )
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def train_command(*, as_json: bool, quiet: bool, **given: Any) -> None:
     "--repair", is_flag=True, help="Read every byte first; run exactly the stages again that made damaged objects."
 )
 @keep_option
+@stop_option
 @factory_option
 @json_option
 @quiet_option
@@ -110,6 +112,7 @@ def resume_command(
     assignments: tuple[str, ...],
     repair: bool,
     keep: str | None,
+    stop: int | str | None,
     model: str | None,
     as_json: bool,
     quiet: bool,
@@ -117,13 +120,15 @@ def resume_command(
     """Continue a run that was stopped, with the configuration stored in it.
 
     Finished stages are verified and skipped; a half-trained block continues from its last epoch. Only where it
-    runs, and what it keeps, can be changed: --executor, --address, --set cluster.FIELD=VALUE, --keep.
+    runs, what it keeps, and when it ends can be changed: --executor, --address, --set cluster.FIELD=VALUE, --keep,
+    --stop.
     """
     cluster = _cluster_changes(assignments, {"cluster.executor": executor, "cluster.address": address})
     from nf_pipeline.driver.run import resume
 
-    with _displayed(uri, model, quiet=quiet, is_repair=repair) as (progress, stop):
-        summary = resume(uri, on_event=progress, cluster=cluster, keep=keep, model=model, stop=stop, repair=repair)
+    changes = {"cluster": cluster, "keep": keep, "patience": stop, "model": model, "repair": repair}
+    with _displayed(uri, model, quiet=quiet, is_repair=repair) as (progress, request):
+        summary = resume(uri, on_event=progress, stop=request, **changes)
     _print_summary(summary, uri, as_json=as_json)
 
 

@@ -9,30 +9,30 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nf_pipeline.core.heads import build_head
 from nf_pipeline.core.layers import cut
-from nf_pipeline.core.local_unit import LocalUnit, build_units, unit_ranges
+from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.models import build_model
+from nf_pipeline.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExitSpec:
-    """Which units of which model: all that its architecture follows from.
+    """Which layers of which model: all that its architecture follows from.
 
     Attributes:
         model: registry name or "package.module:factory".
         image_shape: (C, H, W) of the images.
         num_classes: K.
-        head: name of the auxiliary head.
-        unit_layers: layers per unit.
-        num_units: units from the model's input to the exit.
+        head: name of the auxiliary head; the last layer has the model's own classifier.
+        num_layers: layers from the model's input to the exit.
     """
 
     model: str
     image_shape: tuple[int, int, int]
     num_classes: int
     head: str
-    unit_layers: int
-    num_units: int
+    num_layers: int
 
 
 class Normalise(nn.Module):
@@ -79,19 +79,14 @@ def build_exit_model(spec: ExitSpec, *, mean: Sequence[float], std: Sequence[flo
         mean, std: per channel, of pixels scaled to [0, 1].
 
     Raises:
-        ConfigError: the model cannot be built or cut.
+        ConfigError: the model cannot be built or cut, or has fewer layers.
     """
-    return ExitModel(build_first_units(spec), mean, std).eval()
-
-
-def build_first_units(spec: ExitSpec, *, seed: int = 0) -> list[LocalUnit]:
-    """Builds the first units of a model with fresh weights, all of them where it has fewer than asked for.
-
-    Raises:
-        ConfigError: the model cannot be built or cut.
-    """
-    model = build_model(spec.model, image_shape=spec.image_shape, num_classes=spec.num_classes, seed=seed)
+    model = build_model(spec.model, image_shape=spec.image_shape, num_classes=spec.num_classes, seed=0)
     cut_model = cut(model, spec.image_shape)
-    available = len(unit_ranges(len(cut_model.layers), spec.unit_layers))
-    first = range(min(spec.num_units, available))
-    return build_units(cut_model, spec.head, spec.unit_layers, spec.num_classes, seed, units=first)
+    if spec.num_layers > len(cut_model.layers):
+        raise ConfigError(f"num_layers: got {spec.num_layers}, {spec.model} has {len(cut_model.layers)} layers")
+    if spec.num_layers == len(cut_model.layers):
+        head = cut_model.tail
+    else:
+        head = build_head(spec.head, cut_model.out_shapes[spec.num_layers - 1], spec.num_classes, seed=0)
+    return ExitModel([LocalUnit(cut_model.layers[: spec.num_layers], head)], mean, std).eval()

@@ -29,10 +29,7 @@ def build_head(name: str, in_shape: tuple[int, ...], num_classes: int, seed: int
     Raises:
         ConfigError: unknown name, or the layer's output is no map of features.
     """
-    if name not in HEADS:
-        near = difflib.get_close_matches(name, HEADS, n=3, cutoff=0.5)
-        known = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(HEADS)}"
-        raise ConfigError(f"train.head: got {name!r}, unknown head", known)
+    check_head_name(name)
     if len(in_shape) != 3:
         raise ConfigError(
             f"train.head: a layer's output has shape {in_shape} per sample, want (C, H, W)",
@@ -41,6 +38,18 @@ def build_head(name: str, in_shape: tuple[int, ...], num_classes: int, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return HEADS[name](in_shape, num_classes)
+
+
+def check_head_name(name: str) -> None:
+    """Checks that there is such a head.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in HEADS:
+        near = difflib.get_close_matches(name, HEADS, n=3, cutoff=0.5)
+        known = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(HEADS)}"
+        raise ConfigError(f"train.head: got {name!r}, unknown head", known)
 
 
 def build_adaptive(in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -54,6 +63,21 @@ def build_adaptive(in_shape: tuple[int, int, int], num_classes: int) -> nn.Modul
 def build_classic(in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """The same with F = 256 everywhere, as local learning had it before; costly on large maps."""
     return _conv_head(in_shape, num_classes, _MAX_WIDTH)
+
+
+def build_linear(in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Average pool to 2x2, linear: what most classifiers are, 4*C*K weights and next to no activations. [ours]
+
+    The planner falls back on it where a layer's own weights leave no room for another convolution.
+    """
+    channels, height, width = in_shape
+    pooled = (min(2, height), min(2, width))
+    parts = [
+        ("pool", nn.AdaptiveAvgPool2d(pooled)),
+        ("flatten", nn.Flatten()),
+        ("linear", nn.Linear(channels * math.prod(pooled), num_classes)),
+    ]
+    return nn.Sequential(OrderedDict(parts))
 
 
 def build_mlp_sr(in_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -104,5 +128,6 @@ def _linear_bn_relu(suffix: str, features: int, hidden: int) -> Iterator[tuple[s
 HEADS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "adaptive": build_adaptive,
     "classic": build_classic,
+    "linear": build_linear,
     "mlp_sr": build_mlp_sr,
 }

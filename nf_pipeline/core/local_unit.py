@@ -1,15 +1,21 @@
 """A unit: consecutive layers that train together by backpropagation, with one head at their end.
 
+One layer with a head is the paper's form; all layers with the model's own classifier are plain backpropagation.
 Knows nothing of optimisers, batches or blocks. Entry: `build_units`.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from nf_pipeline.core.heads import build_head
 from nf_pipeline.core.layers import CutModel
+from nf_pipeline.core.layout import laid_out
+from nf_pipeline.plans import UnitSpan
 
 # Spreads (seed, unit) over seeds so that no two units of neighbouring seeds draw the same head.
 _SEED_STEP = 1_000_003
@@ -19,54 +25,106 @@ class LocalUnit(nn.Module):
     """x_NCHW -> (out_NCHW, logits_NK): layers, and a head on what they return.
 
     Names in the state dict: `layers.0. ...` counted from the unit's first layer, and `head. ...`.
+
+    Args:
+        layers: in order.
+        head: on the last layer's output.
+        segment_layers: while training, keep only what enters each segment of so many layers and compute the rest
+            again in the backward pass (Chen et al. 2016, https://arxiv.org/abs/1604.06174); 0 keeps everything.
+            Weights, gradients and running statistics are the same either way.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], head: nn.Module) -> None:
+    def __init__(self, layers: Sequence[nn.Module], head: nn.Module, segment_layers: int = 0) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
         self.head = head
+        self.segment_layers = segment_layers
 
     def forward(self, x_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the next unit's input (still attached to the graph) and the head's logits."""
-        out_NCHW = self.layers(x_NCHW)
-        return out_NCHW, self.head(out_NCHW)
+        if self.segment_layers and self.training and torch.is_grad_enabled():
+            out_NCHW = self._by_segments(x_NCHW)
+        else:
+            out_NCHW = self.features(x_NCHW)
+        return out_NCHW, self.head(laid_out(out_NCHW))
+
+    def features(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns what the layers make of the input, without the head."""
+        return _chain(self.layers, x_NCHW)
+
+    def _by_segments(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+        *starts, last = range(0, len(self.layers), self.segment_layers)
+        for start in starts:
+            segment = self.layers[start : start + self.segment_layers]
+            x_NCHW = checkpoint(
+                _chain,
+                segment,
+                x_NCHW,
+                use_reentrant=False,
+                # Default arguments: each recomputation must find its own segment.
+                context_fn=lambda again=segment: (contextlib.nullcontext(), _statistics_kept(again)),
+            )
+        # The backward pass begins with the last segment, which would be computed again at once.
+        return _chain(self.layers[last:], x_NCHW)
 
 
-def unit_ranges(num_layers: int, unit_layers: int) -> list[tuple[int, int]]:
-    """Splits layers into half-open ranges of `unit_layers`; the last may be shorter.
+def _chain(layers: nn.Sequential, x_NCHW: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x_NCHW = layer(laid_out(x_NCHW))
+    return x_NCHW
 
-    Example: unit_ranges(8, 3) == [(0, 3), (3, 6), (6, 8)].
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Runs a training forward pass again: batch norms normalise as before and do not count the batch twice."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, num_batches) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches
+
+
+def even_spans(num_layers: int, unit_layers: int, segment_layers: int = 0) -> list[UnitSpan]:
+    """Splits layers into units of `unit_layers`; the last may be shorter.
+
+    Example: even_spans(8, 3) == [UnitSpan(0, 3), UnitSpan(3, 6), UnitSpan(6, 8)].
     """
-    return [(start, min(start + unit_layers, num_layers)) for start in range(0, num_layers, unit_layers)]
+    starts = range(0, num_layers, unit_layers)
+    return [UnitSpan(start, min(start + unit_layers, num_layers), segment_layers) for start in starts]
 
 
 def build_units(
     cut_model: CutModel,
     head_name: str,
-    unit_layers: int,
+    spans: Sequence[UnitSpan],
     num_classes: int,
     seed: int,
     units: range | None = None,
 ) -> list[LocalUnit]:
     """Wraps a cut model's layers into units; the layers are shared with the model, not copied.
 
-    The last unit's head is the model's own classifier. The others' weights depend on (seed, position) only: a
-    worker that builds one block gets what a worker that builds all gets.
+    The unit that ends with the last layer has the model's own classifier. The other heads' weights depend on (seed,
+    position) only: a worker that builds one block gets what a worker that builds all gets.
 
     Args:
+        head_name: of every unit that names no other.
+        spans: all units of the plan, in order.
         units: positions to build; None builds all.
 
     Raises:
         ConfigError: unknown head, or a layer whose output is no map of features.
     """
-    ranges = unit_ranges(len(cut_model.layers), unit_layers)
     built = []
-    for unit_idx in units if units is not None else range(len(ranges)):
-        start, stop = ranges[unit_idx]
-        if unit_idx == len(ranges) - 1:
+    for unit_idx in units if units is not None else range(len(spans)):
+        span = spans[unit_idx]
+        if span.stop == len(cut_model.layers):
             head = cut_model.tail
         else:
             head_seed = seed * _SEED_STEP + unit_idx
-            head = build_head(head_name, cut_model.out_shapes[stop - 1], num_classes, head_seed)
-        built.append(LocalUnit(cut_model.layers[start:stop], head))
+            head = build_head(span.head or head_name, cut_model.out_shapes[span.stop - 1], num_classes, head_seed)
+        built.append(LocalUnit(cut_model.layers[span.start : span.stop], head, span.segment_layers))
     return built

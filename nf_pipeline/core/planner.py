@@ -1,85 +1,43 @@
-"""Makes the plan: build the model, cut it, profile its units, partition them, verify every block.
+"""Makes the plan: build the model, cut it, price the ways to form units, partition into blocks, verify every block.
 
-Reads and writes nothing and trains nothing; needs the shape and the size of the data, not the data. Entry
-function: `make_plan`.
+Every way (`nf_pipeline.core.proposals`) is partitioned under the budget on predicted bytes and priced with measured
+seconds; the fastest whose batches train well is taken. Where the user fixes the units nothing is timed. Reads and
+writes nothing and trains nothing; needs the shape and the size of the data, not the data. Entry: `make_plan`.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 
-from nf_pipeline.config import AUTO, MemoryConfig, RunConfig, TrainConfig
+from nf_pipeline.config import AUTO, MemoryConfig, RunConfig
+from nf_pipeline.core.caching import with_sources
+from nf_pipeline.core.drafts import Draft, PlanJob, draft_plan, verify_draft
+from nf_pipeline.core.heads import check_head_name
 from nf_pipeline.core.layers import CutModel, cut
-from nf_pipeline.core.local_unit import LocalUnit, build_units, unit_ranges
+from nf_pipeline.core.local_unit import even_spans
 from nf_pipeline.core.memory import free_bytes, total_bytes
 from nf_pipeline.core.models import build_model, suggest_model
-from nf_pipeline.core.partition import (
-    Group,
-    assign_budgets,
-    budget_for,
-    effective_budget,
-    limit_batch,
-    partition,
-    smallest_budget,
-)
-from nf_pipeline.core.profiler import (
-    Shape,
-    StepProbe,
-    count_params,
-    forward_flops,
-    free_probes,
-    probe_batch_sizes,
-    profile_units,
-)
+from nf_pipeline.core.partition import effective_budget, feasible_batch
+from nf_pipeline.core.prediction import TimeModel
+from nf_pipeline.core.profiler import Shape, count_params, forward_flops, free_probes
+from nf_pipeline.core.proposals import WIDE_HEAD, propose, propose_narrow
+from nf_pipeline.core.timing import Part, StepTimer
 from nf_pipeline.core.train_step import resolve_device
-from nf_pipeline.dtypes import ITEM_BYTES
 from nf_pipeline.errors import ConfigError, PlanError
-from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
-from nf_pipeline.units import format_bytes
+from nf_pipeline.plans import Candidate, LayerSpec, Plan, StoreRates, UnitSpan
 
 logger = logging.getLogger(__name__)
 
+ABOUT_EQUAL = 0.05
+"""Plans whose predicted times differ by less are equally fast: the one with the fewest units is taken."""
 
-@dataclass(frozen=True, kw_only=True)
-class _Network:
-    """The model cut and divided, and where each unit begins.
+LARGE_ENOUGH = 0.75
+"""Where no plan reaches good batches, those train well whose smallest is this part of the largest smallest one."""
 
-    `in_shapes[i]` is the shape of a sample at the input of layer i.
-    """
-
-    cut_model: CutModel
-    units: list[LocalUnit]
-    ranges: list[tuple[int, int]]
-    in_shapes: list[Shape]
-    device: torch.device
-
-    @property
-    def unit_names(self) -> list[str]:
-        """Names a unit by its layers: "features.0" or "features.0..features.7"."""
-        names = self.cut_model.names
-        return [
-            names[start] if stop - start == 1 else f"{names[start]}..{names[stop - 1]}" for start, stop in self.ranges
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What every block of a plan is decided from.
-
-    `memory` is what the run really has: its batches end at the train split. `budgets` are bytes per class of workers,
-    ascending, none above the device's memory; a budget that the user gave is the only class.
-    """
-
-    cfg: RunConfig
-    memory: MemoryConfig
-    budgets: tuple[int, ...]
-    cap_name: str
-    network: _Network
-    units: list[UnitProfile]
+_CPU = torch.device("cpu")
 
 
 def make_plan(
@@ -89,9 +47,10 @@ def make_plan(
     num_classes: int,
     split_rows: dict[str, int],
     worker_memory_bytes: Sequence[int] = (),
+    rates: StoreRates | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Decides blocks and batch sizes for a model, a data set and a budget.
+    """Decides units, blocks and batch sizes for a model, a data set and a budget.
 
     Args:
         cfg: the run's configuration.
@@ -101,7 +60,8 @@ def make_plan(
             train split.
         worker_memory_bytes: what each class of workers may hold; read where the budget is "auto", when blocks are
             made for the smallest class, and layers that it cannot train for the next.
-        on_progress: called after each profiled unit with the number of units done and of all.
+        rates: of the run's store; without them nothing is computed again unless `storage.cache` says so.
+        on_progress: called after each step of profiling with the number of steps done and of all.
 
     Raises:
         PlanError: the budget is too small; names the layer and the smallest budget.
@@ -109,70 +69,44 @@ def make_plan(
             batch, or the budget is "auto" and no worker says what it has.
     """
     _check_train_rows(split_rows["train"], cfg.memory)
+    check_head_name(cfg.train.head)
     name = cfg.model.name or suggest_model(image_shape, split_rows["train"])
     model = build_model(name, image_shape=image_shape, num_classes=num_classes, seed=cfg.train.seed)
     params_full = count_params(model)
-    network = _divide(cut(model, image_shape), cfg, image_shape, num_classes)
+    cut_model, device = cut(model, image_shape), resolve_device(cfg.train.device)
     started = time.perf_counter()
-    layers, flops_full = _describe_layers(network, image_shape)
-    budgets = _budgets(cfg.memory, worker_memory_bytes, network.device)
+    layers, flops_full = _describe_layers(cut_model, image_shape)
     memory, cap_name = _limit_batches(cfg.memory, split_rows["train"])
-    units = _profile(network, cfg.train, memory, on_progress)
+    job = PlanJob(
+        cfg=cfg,
+        memory=memory,
+        budgets=_budgets(cfg.memory, worker_memory_bytes, device),
+        cap_name=cap_name,
+        cut_model=cut_model,
+        in_shapes=(image_shape, *cut_model.out_shapes),
+        num_classes=num_classes,
+        split_rows=split_rows,
+        device=device,
+    )
+    chosen, candidates = _search(job, rates, on_progress)
+    free_probes(device)
     profile_s = time.perf_counter() - started
-    job = _Job(cfg=cfg, memory=memory, budgets=budgets, cap_name=cap_name, network=network, units=units)
-    blocks = _plan_blocks(job, split_rows)
-    free_probes(network.device)
-    logger.info("profiled %d units of %s in %.1f s: %d blocks", len(units), name, profile_s, len(blocks))
+    logger.info("%s in %.1f s: %s, %d blocks", name, profile_s, chosen.name, len(chosen.blocks))
     return Plan(
         model=name,
         num_classes=num_classes,
         image_shape=image_shape,
-        budget_bytes=budgets[0] if cfg.memory.budget_bytes == AUTO else cfg.memory.budget_bytes,
+        budget_bytes=job.budgets[0] if cfg.memory.budget_bytes == AUTO else cfg.memory.budget_bytes,
         layers=layers,
-        units=tuple(units),
-        blocks=blocks,
+        units=chosen.units,
+        blocks=chosen.blocks,
         params_full=params_full,
         flops_full=flops_full,
         profile_s=profile_s,
-        device=network.device.type,
+        device=device.type,
+        predicted_s=chosen.predicted_s if candidates else None,
+        candidates=candidates,
     )
-
-
-def verified_batch(
-    batch_size: int,
-    available_bytes: int,
-    bytes_per_sample: int,
-    cfg: MemoryConfig,
-    peak_at: Callable[[int], int],
-) -> tuple[int, int]:
-    """Moves a batch from where the fitted lines put it to about the largest whose verified peak fits.
-
-    Lines lie above a convex peak, so most often it grows a little, or stays.
-
-    Args:
-        batch_size: what the lines allow.
-        available_bytes: the effective budget.
-        bytes_per_sample: steepest line of the block.
-        cfg: smallest and largest batch.
-        peak_at: verified peak bytes by batch size.
-
-    Returns:
-        The batch and its peak. The peak is above `available_bytes` only if the smallest batch does not fit.
-    """
-    peak_bytes = peak_at(batch_size)
-    while peak_bytes > available_bytes and batch_size > cfg.min_batch_size:
-        proportional = batch_size * available_bytes // peak_bytes
-        batch_size = max(cfg.min_batch_size, min(batch_size - 1, proportional))
-        peak_bytes = peak_at(batch_size)
-    slope = max(1, bytes_per_sample)
-    while (growth := min((available_bytes - peak_bytes) // slope, cfg.max_batch_size - batch_size)) > 0:
-        larger_peak = peak_at(batch_size + growth)
-        if larger_peak > available_bytes:
-            # Too steep here. Between two points of a convex peak the line that joins them lies above it.
-            slope = max(slope + 1, -((peak_bytes - larger_peak) // growth))
-        else:
-            batch_size, peak_bytes = batch_size + growth, larger_peak
-    return batch_size, peak_bytes
 
 
 def _check_train_rows(train_rows: int, cfg: MemoryConfig) -> None:
@@ -204,20 +138,8 @@ def _budgets(cfg: MemoryConfig, worker_memory_bytes: Sequence[int], device: torc
     )
 
 
-def _divide(cut_model: CutModel, cfg: RunConfig, image_shape: tuple[int, int, int], num_classes: int) -> _Network:
-    train = cfg.train
-    return _Network(
-        cut_model=cut_model,
-        units=build_units(cut_model, train.head, train.unit_layers, num_classes, train.seed),
-        ranges=unit_ranges(len(cut_model.layers), train.unit_layers),
-        in_shapes=[image_shape, *cut_model.out_shapes],
-        device=resolve_device(train.device),
-    )
-
-
-def _describe_layers(network: _Network, image_shape: Shape) -> tuple[tuple[LayerSpec, ...], int]:
+def _describe_layers(cut_model: CutModel, image_shape: Shape) -> tuple[tuple[LayerSpec, ...], int]:
     """Returns the layers and the flops of the whole uncut model."""
-    cut_model = network.cut_model
     flops = forward_flops([*cut_model.layers, cut_model.tail], image_shape)
     layers = tuple(
         LayerSpec(
@@ -232,101 +154,136 @@ def _describe_layers(network: _Network, image_shape: Shape) -> tuple[tuple[Layer
     return layers, sum(flops)
 
 
-def _profile(
-    network: _Network,
-    train: TrainConfig,
-    memory: MemoryConfig,
-    on_progress: Callable[[int, int], None] | None,
-) -> list[UnitProfile]:
-    return profile_units(
-        network.units,
-        network.ranges,
-        [network.in_shapes[start] for start, _ in network.ranges],
-        train=train,
-        device=network.device,
-        batch_sizes=probe_batch_sizes(memory.min_batch_size, memory.max_batch_size),
-        on_progress=on_progress,
-    )
-
-
-def _plan_blocks(job: _Job, split_rows: dict[str, int]) -> tuple[BlockPlan, ...]:
-    groups = [
-        (*verified, budget)
-        for start, stop, budget in assign_budgets(job.units, job.network.unit_names, job.budgets, job.memory)
-        for verified in _verified_groups(job, start, stop, budget)
-    ]
-    blocks = []
-    for block_idx, (group, peak_bytes, budget) in enumerate(groups):
-        layers = (job.units[group.start].start, job.units[group.stop - 1].stop)
-        stored_bytes = _stored_bytes(job.network.in_shapes[layers[1]], job.cfg, split_rows)
-        blocks.append(
-            BlockPlan(
-                block_idx=block_idx,
-                units=(group.start, group.stop),
-                layers=layers,
-                batch_size=group.batch_size,
-                budget_bytes=budget,
-                predicted_peak_bytes=peak_bytes,
-                shard_bytes=0 if block_idx == len(groups) - 1 else stored_bytes,
-                reason=group.reason,
-            )
-        )
-    return tuple(blocks)
-
-
-def _verified_groups(job: _Job, start: int, stop: int, budget: int) -> list[tuple[Group, int]]:
-    """Partitions a range of units under one budget and returns the blocks with their verified peaks.
-
-    A block that takes more than its units' profiles add up to, even with the smallest batch, is taken apart
-    from its end. Every unit alone was found to fit, so the budget suffices.
-    """
-    names = job.network.unit_names
-    groups = partition(job.units[start:stop], budget, job.memory, unit_names=names[start:stop], cap_name=job.cap_name)
-    available = effective_budget(budget, job.memory)
-    pending = [replace(group, start=start + group.start, stop=start + group.stop) for group in reversed(groups)]
-    verified = []
-    while pending:
-        group = pending.pop()
-        moved, peak_bytes = _verify(group, available, job)
-        if peak_bytes <= available:
-            verified.append((moved, peak_bytes))
-        elif group.stop - group.start > 1:
-            reason = (
-                f"with {names[group.stop - 1]} it takes {format_bytes(peak_bytes)} even at batch {moved.batch_size}"
-            )
-            pending.append(_regroup(group.stop - 1, group.stop, group.reason, available, job))
-            pending.append(_regroup(group.start, group.stop - 1, reason, available, job))
+def _search(
+    job: PlanJob, rates: StoreRates | None, on_progress: Callable[[int, int], None] | None
+) -> tuple[Draft, tuple[Candidate, ...]]:
+    """Returns the draft to go by, and all that were compared. Where the user fixed the units nothing is timed."""
+    drafts = _draft_all(job, on_progress)
+    if job.cfg.train.unit_layers is not None:
+        return with_sources(job, verify_draft(job, drafts[0]), None, None), ()
+    times = _time_model(job)
+    priced = [with_sources(job, draft, times, rates, is_final=False) for draft in drafts]
+    while True:
+        chosen = _choose(priced, job)
+        try:
+            verified = verify_draft(job, drafts[priced.index(chosen)])
+        except PlanError:
+            if len(priced) == 1:
+                raise
+            # A GPU needs more than the profiles say.
+            drafts.pop(priced.index(chosen))
+            priced.remove(chosen)
         else:
-            # Only measurements on a GPU can differ from the profile of the same unit.
-            smallest = max(budget_for(peak_bytes, job.memory), smallest_budget(job.units, job.memory))
-            raise PlanError(names[group.start], peak_bytes, budget, smallest)
-    return verified
+            final = with_sources(job, verified, times, rates)
+            return final, _candidates([final, *(draft for draft in priced if draft is not chosen)], job)
 
 
-def _regroup(start: int, stop: int, reason: str, available: int, job: _Job) -> Group:
-    """Makes a block of part of another one's units."""
-    units, names = job.units[start:stop], job.network.unit_names[start:stop]
-    batch_size, limit = limit_batch(units, names, available, job.memory, job.cap_name)
-    return Group(start=start, stop=stop, batch_size=batch_size, reason=f"{reason.partition('; ')[0]}; {limit}")
+def _draft_all(job: PlanJob, on_progress: Callable[[int, int], None] | None) -> list[Draft]:
+    """Puts every proposal under the budget and returns those that fit.
+
+    Raises:
+        PlanError: none fits; of all errors the one that is content with the smallest budget.
+        ConfigError: none can be built.
+    """
+    fits = _fitting(job)
+    proposals = propose(job.cfg.train, job.num_layers, job.memory.max_batch_size, fits)
+    if job.cfg.train.unit_layers is None and job.cfg.train.head == WIDE_HEAD:
+        proposals += propose_narrow(job.num_layers, lambda span: fits(span, job.memory.good_batch_size))
+    drafts, errors = [], []
+    for number, proposal in enumerate(proposals):
+        try:
+            # Where there is one proposal only, its units are the steps that are worth telling.
+            drafts.append(draft_plan(job, proposal, on_progress if len(proposals) == 1 else None))
+        except (PlanError, ConfigError) as error:
+            errors.append(error)
+        if on_progress is not None and len(proposals) > 1:
+            on_progress(number + 1, len(proposals))
+    too_small = [error for error in errors if isinstance(error, PlanError)]
+    if drafts:
+        return drafts
+    raise min(too_small, key=lambda error: error.smallest_budget_bytes) if too_small else errors[0]
 
 
-def _verify(group: Group, available: int, job: _Job) -> tuple[Group, int]:
-    """Returns a block with its batch moved, and the peak of the whole block's step at that batch."""
-    profiles = job.units[group.start : group.stop]
-    probe = StepProbe(
-        job.network.units[group.start : group.stop],
-        job.network.in_shapes[profiles[0].start],
-        train=job.cfg.train,
-        device=job.network.device,
+def _fitting(job: PlanJob) -> Callable[[UnitSpan, int], bool]:
+    """Returns a function that tells whether a unit alone trains with a batch on the smallest class of workers.
+
+    Asked on fake tensors on every device: what is proposed is verified on the real one.
+    """
+    available = effective_budget(job.budgets[0], job.memory)
+
+    def fits(span: UnitSpan, batch_size: int) -> bool:
+        try:
+            (profile,) = job.profile([span], _CPU)
+        except ConfigError:
+            return False  # no head goes on that layer
+        return profile.peak_bytes(batch_size) <= available
+
+    return fits
+
+
+def _time_model(job: PlanJob) -> TimeModel:
+    """Returns the times of this job's layers and heads, measured as they are asked for."""
+    single = even_spans(job.num_layers, 1)
+    available = effective_budget(job.budgets[0], job.memory)
+    largest = _largest_batches(job, single, available)
+
+    def make_part(part_idx: int) -> Part:
+        layer = part_idx % job.num_layers
+        is_head = part_idx >= job.num_layers
+        return Part(
+            module=job.units(single, range(layer, layer + 1))[0].head if is_head else job.cut_model.layers[layer],
+            in_shape=job.in_shapes[layer + is_head],
+            largest_batch=largest[layer],
+            is_first=part_idx == 0,
+        )
+
+    timer = StepTimer(make_part, 2 * job.num_layers, train=job.cfg.train, device=job.device)
+    return TimeModel(job.cfg, timer, job.num_layers, job.split_rows)
+
+
+def _largest_batches(job: PlanJob, spans: Sequence[UnitSpan], available: int) -> list[int]:
+    """Returns the batch with which each unit alone fits; the smallest where no head goes on a layer."""
+    sizes = []
+    for span in spans:
+        try:
+            sizes.append(feasible_batch(job.profile([span], _CPU), available, job.memory.max_batch_size))
+        except ConfigError:
+            sizes.append(job.memory.min_batch_size)
+    return sizes
+
+
+def _choose(drafts: Sequence[Draft], job: PlanJob) -> Draft:
+    """Returns the fastest draft whose batches train well; of about equally fast ones that with the fewest units."""
+    good = _good_batch(drafts, job)
+    trained_well = [draft for draft in drafts if draft.smallest_batch >= good]
+    fastest_s = min(draft.predicted_s for draft in trained_well)
+    near = [draft for draft in trained_well if draft.predicted_s <= (1 + ABOUT_EQUAL) * fastest_s]
+    return min(near, key=lambda draft: (len(draft.units), draft.predicted_s))
+
+
+def _good_batch(drafts: Sequence[Draft], job: PlanJob) -> int:
+    return min(job.memory.good_batch_size, math.ceil(LARGE_ENOUGH * max(draft.smallest_batch for draft in drafts)))
+
+
+def _candidates(drafts: Sequence[Draft], job: PlanJob) -> tuple[Candidate, ...]:
+    """Describes what was compared, the taken one first among the drafts, fastest first in the result."""
+    good = _good_batch(drafts, job)
+    ordered = sorted(drafts, key=lambda draft: draft.predicted_s)
+    return tuple(_candidate(draft, drafts[0], good) for draft in ordered)
+
+
+def _candidate(draft: Draft, chosen: Draft, good: int) -> Candidate:
+    if draft is chosen:
+        verdict = "taken"
+    elif draft.smallest_batch < good:
+        verdict = f"batch {draft.smallest_batch} is below {good}"
+    else:
+        verdict = f"{draft.predicted_s / chosen.predicted_s:.2f} times as long"
+    return Candidate(
+        name=draft.name,
+        num_units=len(draft.units),
+        batch_sizes=tuple(block.batch_size for block in draft.blocks),
+        predicted_peak_bytes=max(block.predicted_peak_bytes for block in draft.blocks),
+        predicted_s=draft.predicted_s,
+        verdict=verdict,
     )
-    slope = max(unit.bytes_per_sample for unit in profiles)
-    batch_size, peak_bytes = verified_batch(group.batch_size, available, slope, job.memory, probe.peak_bytes)
-    if batch_size == group.batch_size:
-        return group, peak_bytes
-    moved = f"batch {batch_size} instead of {group.batch_size} after verifying {format_bytes(peak_bytes)}"
-    return replace(group, batch_size=batch_size, reason=f"{group.reason}; {moved}"), peak_bytes
-
-
-def _stored_bytes(out_shape: Shape, cfg: RunConfig, split_rows: dict[str, int]) -> int:
-    rows = split_rows["train"] + split_rows.get("val", 0)
-    return rows * math.prod(out_shape) * ITEM_BYTES[cfg.storage.dtype]

@@ -10,13 +10,13 @@ a line that lies above the smallest and the largest probe lies above the peak ev
 torch's `MemTracker` counts the same bytes; it is the oracle of this module's tests and not used here, because
 every operator costs it a walk over all modules: whole blocks take several times longer to verify.
 
-Knows nothing of budgets and blocks. Entry: `profile_units`, and `StepProbe` for a whole block.
+Knows nothing of budgets and blocks. Entry: `profile_unit`, and `StepProbe` for a whole block.
 """
 
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -24,13 +24,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nf_pipeline.config import TrainConfig
+from nf_pipeline.core.frozen import FrozenUnits, without_head
+from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.memory import measure_peak, total_bytes
 from nf_pipeline.core.probe import UNTRACEABLE, fake_copy
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.core.user_code import user_code
 from nf_pipeline.errors import ConfigError
-from nf_pipeline.plans import UnitProfile
+from nf_pipeline.plans import UnitProfile, UnitSpan
 
 Shape = tuple[int, ...]
 
@@ -48,6 +50,7 @@ class StepProbe:
         in_shape: (C, H, W) of one sample at the block's input.
         train: optimiser and precision.
         device: "cpu" predicts on fake tensors, "cuda" measures.
+        frozen: trained units whose layers run on every batch first; `in_shape` is then at the input of these.
 
     Attributes:
         resident_bytes: weights, buffers, optimiser state and losses: what stays while other units train.
@@ -57,7 +60,13 @@ class StepProbe:
     """
 
     def __init__(
-        self, units: Sequence[LocalUnit], in_shape: Shape, *, train: TrainConfig, device: torch.device
+        self,
+        units: Sequence[LocalUnit],
+        in_shape: Shape,
+        *,
+        train: TrainConfig,
+        device: torch.device,
+        frozen: Sequence[LocalUnit] = (),
     ) -> None:
         self._in_shape = in_shape
         self._precision = train.precision
@@ -70,7 +79,8 @@ class StepProbe:
         self._before_bytes = self._meter.current_bytes
         self._units: list[LocalUnit] = []
         self._optimizers: list[torch.optim.SGD] = []
-        self.resident_bytes = self._settle(units, train)
+        self._frozen: FrozenUnits | None = None
+        self.resident_bytes = self._settle(units, frozen, train)
 
     def peak_bytes(self, batch_size: int) -> int:
         """Returns the peak of one training step."""
@@ -83,10 +93,14 @@ class StepProbe:
             optimizer.zero_grad()
         return self._more_than_device()
 
-    def _settle(self, units: Sequence[LocalUnit], train: TrainConfig) -> int:
+    def _settle(self, units: Sequence[LocalUnit], frozen: Sequence[LocalUnit], train: TrainConfig) -> int:
         """Makes copies, optimisers and momentum and returns their bytes; keeps nothing that does not fit."""
         with contextlib.suppress(torch.OutOfMemoryError):
             with self._on_fakes(), user_code("model: its layers cannot be made ready to train", _FIX_STEP):
+                if frozen:
+                    copies = [self._copy(without_head(unit)) for unit in frozen]
+                    self._frozen = FrozenUnits(copies, self._precision)
+                    self._meter.track(self._frozen)
                 self._units = [self._copy(unit).train() for unit in units]
                 self._optimizers = [make_optimizer(unit, train, train.lr) for unit in self._units]
             self._meter.track(*self._units)
@@ -94,7 +108,7 @@ class StepProbe:
             resident_bytes = self._meter.current_bytes - self._before_bytes
             del losses
             return resident_bytes
-        self._units, self._optimizers = [], []
+        self._units, self._optimizers, self._frozen = [], [], None
         return self._more_than_device()
 
     def _more_than_device(self) -> int:
@@ -112,7 +126,7 @@ class StepProbe:
                 return train_step(
                     self._units,
                     self._optimizers,
-                    torch.zeros(batch_size, *self._in_shape, device=self._device),
+                    self._input(batch_size),
                     torch.zeros(batch_size, dtype=torch.int64, device=self._device),
                     self._precision,
                 )
@@ -125,6 +139,12 @@ class StepProbe:
                 "remove data-dependent operators (such as nonzero or item) from the model",
             ) from error.__cause__
 
+    def _input(self, batch_size: int) -> torch.Tensor:
+        return self._stored(batch_size) if self._frozen is None else self._frozen.output(self._stored(batch_size))
+
+    def _stored(self, batch_size: int) -> torch.Tensor:
+        return laid_out(torch.zeros(batch_size, *self._in_shape, device=self._device))
+
     def _copy(self, unit: LocalUnit) -> LocalUnit:
         if self._fakes is None:
             return copy.deepcopy(unit).to(self._device)
@@ -134,48 +154,46 @@ class StepProbe:
         return contextlib.nullcontext() if self._fakes is None else self._fakes
 
 
-def profile_units(
-    units: Sequence[LocalUnit],
-    ranges: Sequence[tuple[int, int]],
-    in_shapes: Sequence[Shape],
+def profile_unit(
+    unit: LocalUnit,
+    span: UnitSpan,
+    shapes: tuple[Shape, Shape],
     *,
     train: TrainConfig,
     device: torch.device,
     batch_sizes: Sequence[int],
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[UnitProfile]:
-    """Profiles every unit alone: its weights, gradients, optimiser state, activations, batch and labels.
+) -> UnitProfile:
+    """Profiles a unit alone: its weights, gradients, optimiser state, activations, batch and labels.
 
     Args:
-        units: on the CPU; left as they are.
-        ranges: half-open range of layers per unit.
-        in_shapes: (C, H, W) of one sample at each unit's input.
+        unit: on the CPU; left as it is.
+        span: its layers.
+        shapes: of one sample, at the input and at the output of its layers.
         train: optimiser and precision.
         device: "cpu" predicts, "cuda" measures.
         batch_sizes: from `probe_batch_sizes`.
-        on_progress: called after each unit with the number of units done and of all.
+
+    Returns:
+        The profile of unit 0.
 
     Raises:
-        ConfigError: a unit's memory cannot be predicted.
+        ConfigError: the unit's memory cannot be predicted.
     """
-    profiles = []
-    for unit_idx, (unit, (start, stop), in_shape) in enumerate(zip(units, ranges, in_shapes, strict=True)):
-        slope, constant, resident_bytes = _profile_unit(unit, in_shape, train, device, batch_sizes)
-        profiles.append(
-            UnitProfile(
-                unit_idx=unit_idx,
-                start=start,
-                stop=stop,
-                bytes_per_sample=slope,
-                constant_bytes=constant,
-                resident_bytes=resident_bytes,
-                head_params=count_params(unit.head),
-                head_flops=forward_flops([*unit.layers, unit.head], in_shape)[-1],
-            )
-        )
-        if on_progress is not None:
-            on_progress(len(profiles), len(units))
-    return profiles
+    # The probe ends with this function: a GPU counts what another one holds.
+    probe = StepProbe([unit], shapes[0], train=train, device=device)
+    slope, constant = fit_line({batch_size: probe.peak_bytes(batch_size) for batch_size in batch_sizes})
+    return UnitProfile(
+        unit_idx=0,
+        start=span.start,
+        stop=span.stop,
+        segment_layers=span.segment_layers,
+        head=span.head,
+        bytes_per_sample=slope,
+        constant_bytes=constant,
+        resident_bytes=probe.resident_bytes,
+        head_params=count_params(unit.head),
+        head_flops=forward_flops([unit.head], shapes[1])[0],
+    )
 
 
 def free_probes(device: torch.device) -> None:
@@ -238,12 +256,3 @@ def forward_flops(modules: Sequence[nn.Module], in_shape: Shape) -> list[int]:
 def count_params(module: nn.Module) -> int:
     """Returns the number of weights of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _profile_unit(
-    unit: LocalUnit, in_shape: Shape, train: TrainConfig, device: torch.device, batch_sizes: Sequence[int]
-) -> tuple[int, int, int]:
-    """Returns slope, intercept and resident bytes. The probe ends here: a GPU counts what another one holds."""
-    probe = StepProbe([unit], in_shape, train=train, device=device)
-    slope, constant = fit_line({batch_size: probe.peak_bytes(batch_size) for batch_size in batch_sizes})
-    return slope, constant, probe.resident_bytes

@@ -98,8 +98,10 @@ class SynchronisedBatchNorm(_BatchNorm):
     def _update_running(self, moments: "_Moments") -> None:
         if not self.track_running_stats or self.running_mean is None:
             return
-        self.num_batches_tracked.add_(1)
-        weight = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        weight = self.momentum
+        if self.num_batches_tracked is not None:  # it is while a batch is computed again
+            self.num_batches_tracked.add_(1)
+            weight = weight if weight is not None else 1.0 / float(self.num_batches_tracked)
         unbiased_C = moments.var_C * (moments.count_all / max(1, moments.count_all - 1))
         self.running_mean.lerp_(moments.mean_C.to(self.running_mean.dtype), weight)
         self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), weight)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from nf_pipeline.config import TrainConfig
+from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.errors import ConfigError
 
@@ -103,14 +104,14 @@ def forward_block(
         The last unit's output, and logits_NK per unit (none without heads).
     """
     all_logits = []
-    with torch.no_grad(), _autocast(x_NCHW.device, precision):
+    with torch.no_grad(), autocast(x_NCHW.device, precision):
         for unit in units:
             if with_heads:
                 x_NCHW, logits_NK = unit(x_NCHW)
                 all_logits.append(logits_NK)
             else:
                 for layer in unit.layers:
-                    x_NCHW = layer(x_NCHW)
+                    x_NCHW = layer(laid_out(x_NCHW))
     return x_NCHW, all_logits
 
 
@@ -122,7 +123,7 @@ def _train_unit(
     precision: Precision,
     reduce: Callable[[LocalUnit], None] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with _autocast(x_NCHW.device, precision):
+    with autocast(x_NCHW.device, precision):
         out_NCHW, logits_NK = unit(x_NCHW)
         loss = functional.cross_entropy(logits_NK, y_N)
     loss.backward()
@@ -133,7 +134,8 @@ def _train_unit(
     return out_NCHW.detach(), loss.detach()
 
 
-def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
+    """Returns what forward passes and losses run under."""
     if precision == "fp32":
         return contextlib.nullcontext()
     # The cache would keep bf16 copies of all weights: `forward_block` would hold more than training does.

@@ -32,7 +32,7 @@ class ActivationShards:
 
     Args:
         uri: STORE/NAME of a run.
-        block_idx: 0-based; the last block stores nothing.
+        block_idx: 0-based; the last block stores nothing, nor does one whose output later blocks compute again.
         split: "train" or "val"; the final model alone sees the test split.
 
     Attributes:
@@ -59,7 +59,8 @@ class ActivationShards:
             stored = ", ".join(name for name, shards in manifest.shards.items() if shards) or "none"
             raise ConfigError(
                 f"block {block_idx} of run {run!r} stores no activations of split {split}, it has: {stored}",
-                "choose a split that is stored, of a block before the last one",
+                "choose a split that is stored, of a block that a later one reads (of all but the last where the run "
+                "was started with --cache shards)",
             )
         if manifest.is_released:
             what = f"the activations of block {block_idx} of run {run!r} were released when they had been read"
@@ -96,7 +97,7 @@ class ActivationShards:
 
         Returns:
             The same columns; `tensor` is now [N, *spec.shape] of the stored dtype, or float32 for bfloat16, which
-            numpy lacks.
+            numpy lacks, and for uint8, whose bytes stand for other numbers.
 
         Raises:
             DataError: there is no such column, or a row has another number of bytes.
@@ -110,7 +111,7 @@ class ActivationShards:
                 f"batch: {len(rows)} rows have {len(flat)} bytes, want {self.spec.nbytes} each",
                 "decode shards with the `ActivationShards` that named them",
             )
-        return {**batch, COLUMN: _numbers(flat, self.spec.dtype).reshape(len(rows), *self.spec.shape)}
+        return {**batch, COLUMN: _numbers(flat, self.spec)}
 
     def to_ray(self, **read_arguments: Any) -> Any:
         """Returns a `ray.data.Dataset` of the decoded shards: columns tensor, sample_id, label.
@@ -127,11 +128,11 @@ class ActivationShards:
         return dataset.map_batches(self.decode, batch_format="numpy")
 
 
-def _numbers(flat: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype != "bfloat16":
-        return flat.view(dtype)
-    # bfloat16 is the upper half of a float32.
-    return (flat.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+def _numbers(flat: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    if spec.dtype == "bfloat16":  # the upper half of a float32
+        return (flat.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, *spec.shape)
+    stored = flat.view(spec.dtype).reshape(-1, *spec.shape)
+    return stored if spec.affine is None else spec.affine.decode(stored)
 
 
 def _filesystem(path: str) -> Any:

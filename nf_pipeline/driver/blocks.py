@@ -5,11 +5,13 @@ start follows from it. Entry: `BlockRuns.run`.
 """
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core.partition import budget_for
+from nf_pipeline.driver.early_end import EarlyEnd, find_early_end
 from nf_pipeline.driver.retention import Retention, check_readable
 from nf_pipeline.driver.round_schedule import Round, RoundSchedule
 from nf_pipeline.driver.round_store import RoundStore
@@ -31,7 +33,11 @@ LOOK_EVERY_S = 0.2
 
 
 class BlockRuns:
-    """All rounds of all blocks of one run."""
+    """All rounds of all blocks of one run.
+
+    Attributes:
+        early_end: the decision to train no further block, None if there was none.
+    """
 
     def __init__(
         self,
@@ -49,7 +55,10 @@ class BlockRuns:
         self._runner = runner
         self._executor = executor
         self._rounds = RoundStore(config, plan, layout, runner)
-        self._retention = Retention(runner.store, layout, config.storage.keep_activations, len(plan.blocks))
+        self._retention = Retention(runner.store, layout, config.storage.keep_activations, plan)
+        self._facts: list[dict[str, Any]] = []
+        self._num_found = 0
+        self.early_end: EarlyEnd | None = None
 
     @property
     def skipped_s(self) -> float:
@@ -63,24 +72,28 @@ class BlockRuns:
             ingest: what the first block reads.
 
         Returns:
-            The committed blocks, in order.
+            The committed blocks, in order: fewer than planned if deeper exits would not pay.
 
         Raises:
             NFError: the first error for good of any round; the others are stopped.
         """
         done, rounds = self._rounds.find_done(ingest), num_rounds(self._config)
         overlap = self._config.cluster.overlap and self._executor.is_parallel
-        schedule = RoundSchedule(done, rounds, overlap=overlap, found=self._rounds.find_ahead(done))
+        sources = [block.source_block for block in self._plan.blocks]
+        found = self._rounds.find_ahead(done)
+        schedule = RoundSchedule(done, rounds, overlap=overlap, found=found, sources=sources)
+        self._num_found = max(found, default=-1) + 1
         self._rounds.retire(schedule.retired())
-        for block_idx, count in enumerate(done):
+        self._end_early(schedule)
+        for block_idx, count in enumerate(done[: schedule.num_blocks]):
             if count == rounds:
                 self._retention.block_done(block_idx)
             else:
-                if block_idx > 0 and done[block_idx - 1] == rounds:
-                    check_readable(self._runner.store, self._layout, block_idx)
+                if sources[block_idx] >= 0 and done[sources[block_idx]] == rounds:
+                    check_readable(self._runner.store, self._layout, self._plan, block_idx)
                 self._executor.check(block_stage(block_idx), self._resources(block_idx))
         (self._run_parallel if self._executor.is_parallel else self._run_serial)(schedule)
-        return [read_block(self._runner.store, self._layout, idx) for idx in range(len(self._plan.blocks))]
+        return [read_block(self._runner.store, self._layout, idx) for idx in range(schedule.num_blocks)]
 
     def _run_serial(self, schedule: RoundSchedule) -> None:
         while not schedule.is_finished:
@@ -136,6 +149,19 @@ class BlockRuns:
         self._rounds.retire(schedule.retired())
         if work.round_idx == schedule.num_rounds - 1:
             self._retention.block_done(work.block_idx)
+        self._end_early(schedule)
+
+    def _end_early(self, schedule: RoundSchedule) -> None:
+        """Leaves the other blocks out if they would not pay. Blocks that are trained already always count."""
+        is_done = [count == schedule.num_rounds for count in schedule.done]
+        num_done = is_done.index(False) if False in is_done else len(is_done)
+        for block_idx in range(len(self._facts), num_done):
+            self._facts.append(read_block(self._runner.store, self._layout, block_idx).facts)
+        if num_done < self._num_found:
+            return
+        self.early_end = find_early_end(self._config, len(self._plan.blocks), self._facts)
+        if self.early_end is not None:
+            schedule.end_after(self.early_end.num_blocks)
 
     def _train(self, work: Round, schedule: RoundSchedule) -> None:
         """Brings one round to its commit."""
@@ -148,9 +174,9 @@ class BlockRuns:
             elif isinstance(event, StageFailed):
                 schedule.withdraw(work)
 
-        self._runner.run(self._stage(work, lambda: schedule.has_input(work)), listen)
+        self._runner.run(self._stage(work, schedule), listen)
 
-    def _stage(self, work: Round, is_wanted: Callable[[], bool]) -> StageWork:
+    def _stage(self, work: Round, schedule: RoundSchedule) -> StageWork:
         """Describes the stage that trains a round, from where the round before it ended."""
         name, block_idx = block_stage(work.block_idx), work.block_idx
         if work.round_idx == 0:
@@ -181,7 +207,8 @@ class BlockRuns:
             resources=self._resources(block_idx),
             commit_key=self._rounds.key(work),
             attempts_before=attempts,
-            is_wanted=is_wanted,
+            is_wanted=lambda: schedule.has_input(work),
+            is_left_out=lambda: work.block_idx >= schedule.num_blocks,
         )
 
     def _resources(self, block_idx: int) -> Resources:

@@ -67,6 +67,12 @@ class Inventory:
         found = {key.removeprefix(prefix).partition("/")[0] for key in self.sizes if key.startswith(prefix)}
         return max((int(name) + 1 for name in found if name.isdecimal()), default=0)
 
+    @property
+    def num_trained(self) -> int:
+        """Blocks up to the deepest one that is finished."""
+        done = [idx for idx in range(self.num_blocks) if self.is_committed(block_stage(idx))]
+        return max(done, default=-1) + 1
+
     def is_committed(self, stage: str) -> bool:
         """Whether a stage is finished."""
         return commit_key(self.layout, stage) in self.manifests
@@ -90,6 +96,8 @@ def find_garbage(stored: Inventory, *, is_idle: bool) -> list[Garbage]:
     kept = [manifest for key, manifest in stored.manifests.items() if key not in retired]
     named = {text for manifest in kept for text in _texts(manifest.to_json())}
     found = set(_of_ingest(stored, is_idle=is_idle)) | retired
+    if is_idle:
+        found |= stored.below(stored.layout.attempt_prefix("plan", ""))  # what measuring the store had to leave
     for block_idx in range(stored.num_blocks):
         found |= _of_block(stored, block_idx, named, is_idle=is_idle)
     if is_idle:

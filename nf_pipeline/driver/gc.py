@@ -139,8 +139,12 @@ def _read_record(store: Store, key: str) -> CheckpointRecord | None:
 
 def _find_released(store: Store, stored: Inventory, keep: str) -> dict[str, StageManifest]:
     layout = stored.layout
-    num_blocks = len(load_plan(store, layout).blocks) if stored.num_blocks else 0
-    found = Retention(store, layout, keep, num_blocks).find(is_model_done=stored.is_committed("model"))
+    if not stored.num_blocks:
+        return {}
+    plan, is_done = load_plan(store, layout), stored.is_committed("model")
+    # A run that ended early has fewer than planned: the others need nothing any more.
+    num_blocks = stored.num_trained if is_done else len(plan.blocks)
+    found = Retention(store, layout, keep, plan).find(num_blocks, is_model_done=is_done)
     return {layout.block_manifest(block_idx): manifest.without_shards() for block_idx, manifest in found}
 
 

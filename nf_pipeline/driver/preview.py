@@ -6,7 +6,6 @@ Joins a Ray cluster only if the configuration names one, to see what its workers
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from nf_pipeline.config import RunConfig
@@ -40,11 +39,13 @@ class Preview:
     def buffer_bytes(self) -> int:
         """Bytes of host memory that reading and writing shards takes of a worker at most."""
         shard_bytes = self.config.storage.shard_bytes
-        stored = [self.image_bytes, *(block.shard_bytes for block in self.plan.blocks)]
+        blocks = self.plan.blocks
+        stored = {-1: self.image_bytes, **{block.block_idx: block.shard_bytes for block in blocks}}
         # Twice: what is there is held as stored and as decoded.
         return max(
-            min(reader_bytes(shard_bytes), 2 * read) + min(writer_bytes(shard_bytes), 2 * written)
-            for read, written in pairwise(stored)
+            min(reader_bytes(shard_bytes), 2 * stored[block.source_block])
+            + min(writer_bytes(shard_bytes), 2 * block.shard_bytes)
+            for block in blocks
         )
 
     @property

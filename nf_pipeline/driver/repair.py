@@ -8,17 +8,20 @@ the run may repair it. Entry: `repair_while`.
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 from nf_pipeline.config import RunConfig, validate_config
 from nf_pipeline.data.handed_over import is_handed_over
 from nf_pipeline.data.ingest import ingest_fingerprint
 from nf_pipeline.data.sources import open_source
+from nf_pipeline.driver.early_end import find_early_end
 from nf_pipeline.driver.retention import blocks_to_repeat
-from nf_pipeline.driver.run_record import find_record
+from nf_pipeline.driver.run_record import find_record, load_plan
 from nf_pipeline.driver.stages import block_stage
 from nf_pipeline.driver.verify import Problem, VerifyReport, inspect_run
 from nf_pipeline.errors import DataError, ObjectCorrupt, ObjectMissing, StageOutdated, StorageError
+from nf_pipeline.plans import Plan
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import read_manifest
 from nf_pipeline.storage.sealed import seal
@@ -32,7 +35,13 @@ _SHOWN = 3
 
 
 def repair_while(
-    store: Store, layout: RunLayout, tell: Tell, work: Callable[[], dict[str, Any]], *, has_dataset: bool = False
+    store: Store,
+    layout: RunLayout,
+    tell: Tell,
+    work: Callable[[], dict[str, Any]],
+    *,
+    has_dataset: bool = False,
+    patience: int | None = None,
 ) -> dict[str, Any]:
     """Takes back what is damaged, then does the work, as often as it finds commits that no longer fit.
 
@@ -41,6 +50,7 @@ def repair_while(
         tell: called with what is repaired, stage by stage.
         work: brings every stage to its commit.
         has_dataset: whether the caller brings the images, so that no source need be there to read them again.
+        patience: `exits.patience` of the work: blocks that a run ends without need no input.
 
     Raises:
         ObjectMissing: there is no such run.
@@ -49,7 +59,7 @@ def repair_while(
         StorageError: objects cannot be read; nothing was deleted.
         NFError: whatever the work raises.
     """
-    repair = _Repair(store, layout, tell)
+    repair = _Repair(store, layout, tell, patience)
     repair.mend_record()
     repair.take_back(inspect_run(store, layout), has_dataset=has_dataset)
     taken_back: set[str] = set()
@@ -66,10 +76,11 @@ def repair_while(
 class _Repair:
     """The repair of one run."""
 
-    def __init__(self, store: Store, layout: RunLayout, tell: Tell) -> None:
+    def __init__(self, store: Store, layout: RunLayout, tell: Tell, patience: int | None) -> None:
         self._store = store
         self._layout = layout
         self._tell = tell
+        self._patience = patience
 
     def mend_record(self) -> None:
         """Writes run.json again, as plan.json knows it, if it is damaged."""
@@ -96,7 +107,7 @@ class _Repair:
             self._drop(commit, stages[commit], f"{what}: {stages[commit]} is run again")
         self._drop_objects(report.problems)
         if num_rounds(config) == 1:
-            self._take_back_released(sum(stage.stage.startswith("block-") for stage in report.stages))
+            self._take_back_released()
         if report.is_whole:
             self._tell("run", "nothing is damaged")
 
@@ -140,18 +151,34 @@ class _Repair:
         for commit in reversed(commits):
             self._drop(commit, _stage_of(commit), f"{why}: all blocks are trained again, {commit} is taken back")
 
-    def _take_back_released(self, num_blocks: int) -> None:
-        for block_idx in range(1, num_blocks):
-            if self._store.size(self._layout.block_manifest(block_idx)) is not None:
+    def _take_back_released(self) -> None:
+        try:
+            plan = load_plan(self._store, self._layout)
+        except ObjectMissing:  # it is made anew, and says then what has to be trained again
+            return
+        for block_idx, block in enumerate(plan.blocks[: self._num_wanted(plan)]):
+            source = block.source_block
+            if source < 0 or self._store.size(self._layout.block_manifest(block_idx)) is not None:
                 continue
-            before = read_manifest(self._store, self._layout.block_manifest(block_idx - 1))
-            if before is None or not before.is_released:
+            stored = read_manifest(self._store, self._layout.block_manifest(source))
+            if stored is None or not stored.is_released:
                 continue
-            for idx in blocks_to_repeat(self._store, self._layout, block_idx):
+            for idx in blocks_to_repeat(self._store, self._layout, plan, block_idx):
                 if self._store.size(self._layout.block_manifest(idx)) is None:
                     continue
                 what = f"its activations were given up and block {block_idx} has to read them: it is trained again"
                 self._drop(self._layout.block_manifest(idx), block_stage(idx), what)
+
+    def _num_wanted(self, plan: Plan) -> int:
+        """Returns how many blocks there will be: those that a run ended without read nothing."""
+        config = self._config()
+        config = config.model_copy(update={"exits": config.exits.model_copy(update={"patience": self._patience})})
+        manifests = [read_manifest(self._store, self._layout.block_manifest(idx)) for idx in range(len(plan.blocks))]
+        facts = [manifest.facts for manifest in takewhile(lambda manifest: manifest is not None, manifests)]
+        if any(manifest is not None for manifest in manifests[len(facts) :]):
+            return len(plan.blocks)
+        end = find_early_end(config, len(plan.blocks), facts)
+        return len(plan.blocks) if end is None else end.num_blocks
 
     def _drop(self, commit: str, stage: str, what: str) -> None:
         if self._store.size(commit) is not None:

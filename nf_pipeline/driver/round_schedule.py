@@ -5,6 +5,7 @@ so all blocks can work at the same time, each one round behind the block before 
 on timing. Entry class: `RoundSchedule`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_ROUNDS_AHEAD = 2
@@ -27,7 +28,13 @@ class RoundSchedule:
     """Keeps what is done, running and readable, and says what may start next."""
 
     def __init__(
-        self, done: list[int], num_rounds: int, *, overlap: bool, found: frozenset[int] = frozenset()
+        self,
+        done: list[int],
+        num_rounds: int,
+        *,
+        overlap: bool,
+        found: frozenset[int] = frozenset(),
+        sources: Sequence[int] | None = None,
     ) -> None:
         """Begins where earlier drivers ended.
 
@@ -36,18 +43,26 @@ class RoundSchedule:
             num_rounds: of every block.
             overlap: whether a round may start while its input is still being written.
             found: blocks that are finished, though one before them is not: they are compared with its commit.
+            sources: the block whose activations each block reads, -1 for the images; None where each reads those of
+                the one before. With several rounds it does.
         """
         self.done = done
         self.num_rounds = num_rounds
+        self.num_blocks = len(done)
         self._overlap = overlap
         self._found = found
+        self._sources = list(sources) if sources is not None else [idx - 1 for idx in range(len(done))]
         self._running: set[Round] = set()
         self._publishing: set[Round] = set()
 
     @property
     def is_finished(self) -> bool:
-        """Whether every round of every block is committed."""
-        return all(count == self.num_rounds for count in self.done)
+        """Whether every round of every block that is to be trained is committed."""
+        return all(count == self.num_rounds for count in self.done[: self.num_blocks])
+
+    def end_after(self, num_blocks: int) -> None:
+        """Leaves the later blocks out; one of them that runs has no input any more."""
+        self.num_blocks = num_blocks
 
     def ready(self) -> list[Round]:
         """Lists the rounds that may start now, deepest block first: it has waited longest for its worker."""
@@ -103,10 +118,14 @@ class RoundSchedule:
         return work.block_idx in self._found
 
     def has_input(self, work: Round) -> bool:
-        """Whether what a round reads is committed or, where that will do, being written."""
-        if work.block_idx == 0:
+        """Whether what a round reads, or runs again, is committed or, where that will do, being written."""
+        if work.block_idx >= self.num_blocks:
+            return False
+        source = self._sources[work.block_idx]
+        needed = [Round(block_idx, work.round_idx) for block_idx in range(max(source, 0), work.block_idx)]
+        missing = [before for before in needed if self.done[before.block_idx] <= before.round_idx]
+        if not missing:
             return True
-        before = Round(work.block_idx - 1, work.round_idx)
-        if self.done[before.block_idx] > before.round_idx:
-            return True
-        return self._overlap and before in self._publishing and work.block_idx not in self._found
+        # Layers that are run again need all of their weights: only the block right before may still be writing.
+        is_coming = len(needed) == 1 and source >= 0 and missing[0] in self._publishing
+        return self._overlap and is_coming and work.block_idx not in self._found

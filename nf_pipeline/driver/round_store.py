@@ -4,7 +4,7 @@ Reads and deletes; starts nothing. Entry class: `RoundStore`.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.driver.round_schedule import Round
@@ -15,8 +15,8 @@ from nf_pipeline.plans import Plan
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, read_manifest, verify_manifest
 from nf_pipeline.storage.sealed import repair_command
-from nf_pipeline.worker.stage_input import read_block
-from nf_pipeline.worker.tasks import block_fingerprint, num_rounds
+from nf_pipeline.worker.stage_input import read_block, read_ingest
+from nf_pipeline.worker.tasks import block_fingerprint, chain_checksum, num_rounds
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,11 @@ class RoundStore:
             ObjectMissing: a round would have to be read that is no longer stored.
         """
         done: list[int] = []
-        before: StageManifest | None = ingest
-        for block_idx in range(len(self._plan.blocks)):
-            final = self._find_final(block_idx, before)
+        finals: list[StageManifest | None] = [ingest]
+        for block_idx, block in enumerate(self._plan.blocks):
+            final = self._find_final(block_idx, finals[block.source_block + 1 :])
             done.append(self._num_rounds if final else self._count_rounds(block_idx))
-            before = final
+            finals.append(final)
         if self._num_rounds > 1:
             self._check_inputs(done)
         return done
@@ -81,7 +81,7 @@ class RoundStore:
         if work.round_idx < self._num_rounds - 1:
             return
         if work.block_idx > 0:
-            self._check_fingerprint(work, read_block(self._store, self._layout, work.block_idx - 1))
+            self._check_fingerprint(work)
 
     def retire(self, rounds: Iterable[Round]) -> None:
         """Deletes rounds that nobody reads any more: the commit first, so that it never names what is gone."""
@@ -101,8 +101,8 @@ class RoundStore:
         names = {key.split("/")[depth] for key, _ in self._store.list(prefix)}
         return sum(name.startswith("attempt-") for name in names)
 
-    def _find_final(self, block_idx: int, stage_input: StageManifest | None) -> StageManifest | None:
-        if stage_input is None:
+    def _find_final(self, block_idx: int, stage_input: Sequence[StageManifest | None]) -> StageManifest | None:
+        if None in stage_input:
             return None
         fingerprint = self._fingerprint(block_idx, stage_input)
         key = self._layout.block_manifest(block_idx)
@@ -111,7 +111,11 @@ class RoundStore:
             self.skipped_s += done.facts["train_s"] + done.facts["write_s"]
         return done
 
-    def _check_fingerprint(self, work: Round, stage_input: StageManifest) -> None:
+    def _check_fingerprint(self, work: Round) -> None:
+        source = self._plan.blocks[work.block_idx].source_block
+        stage_input = [read_block(self._store, self._layout, idx) for idx in range(max(source, 0), work.block_idx)]
+        if source < 0:
+            stage_input.insert(0, read_ingest(self._store, self._layout))
         final, wanted = self.manifest(work), self._fingerprint(work.block_idx, stage_input)
         if final is None or final.fingerprint != wanted:
             raise StageOutdated(
@@ -121,9 +125,11 @@ class RoundStore:
                 self.key(work),
             )
 
-    def _fingerprint(self, block_idx: int, stage_input: StageManifest) -> str:
+    def _fingerprint(self, block_idx: int, stage_input: Sequence[StageManifest]) -> str:
+        """Identifies a block's last round by what it reads and by the blocks that it runs again."""
         block, last = self._plan.blocks[block_idx], self._num_rounds - 1
-        return block_fingerprint(self._config, block, last, stage_input.content_checksum)
+        checksum = chain_checksum([part.content_checksum for part in stage_input])
+        return block_fingerprint(self._config, block, last, checksum)
 
     def _count_rounds(self, block_idx: int) -> int:
         listed = [self._layout.round_of(key) for key, _ in self._store.list(self._layout.rounds(block_idx))]

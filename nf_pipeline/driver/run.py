@@ -10,27 +10,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from nf_pipeline.config import AUTO, FORMAT_VERSION, RunConfig
+from nf_pipeline.config import AUTO, FORMAT_VERSION, RunConfig, validate_config
 from nf_pipeline.data.handed_over import describe_files, drop_dataset, settle_dataset, with_dataset
 from nf_pipeline.data.ingest import ingest_fingerprint_of
 from nf_pipeline.driver.blocks import BlockRuns, memory_of
+from nf_pipeline.driver.early_end import EarlyEnd
 from nf_pipeline.driver.event_log import EventLog, Listener
 from nf_pipeline.driver.repair import repair_while
 from nf_pipeline.driver.retention import Retention
 from nf_pipeline.driver.run_lock import RunLock, hold_run
 from nf_pipeline.driver.run_record import load_run, open_run, plan_of, plan_record
 from nf_pipeline.driver.stage_runner import StageRunner, StageWork
+from nf_pipeline.driver.stages import block_stage
 from nf_pipeline.driver.stop_request import StopRequest
 from nf_pipeline.driver.summary import make_summary
 from nf_pipeline.errors import AlreadyExists, ConfigError, StageOutdated
-from nf_pipeline.events import Note, StageSkipped
+from nf_pipeline.events import Note, StageNotNeeded, StageSkipped
 from nf_pipeline.executors import open_executor
 from nf_pipeline.executors.base import Executor, Resources
 from nf_pipeline.plans import Plan
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import StageManifest
+from nf_pipeline.storage.manifest import StageManifest, read_manifest
 from nf_pipeline.storage.sealed import read_sealed, repair_command, repair_fix, seal
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.trust import confirm_factory
@@ -42,6 +44,7 @@ from nf_pipeline.worker.tasks import (
     AssembleTask,
     PrepareTask,
     assemble_fingerprint,
+    model_blocks,
     plan_fingerprint,
 )
 
@@ -85,7 +88,8 @@ def train(
         if not repair:
             return work()
         tell = partial(_tell_repair, store, layout, lock, listeners)
-        return repair_while(store, layout, tell, work, has_dataset=dataset is not None)
+        patience = config.exits.patience
+        return repair_while(store, layout, tell, work, has_dataset=dataset is not None, patience=patience)
 
 
 def _train_held(
@@ -122,6 +126,7 @@ def resume(
     on_event: Listener | None = None,
     cluster: Mapping[str, Any] | None = None,
     keep: str | None = None,
+    patience: int | Literal["never"] | None = None,
     model: str | None = None,
     stop: StopRequest | None = None,
     repair: bool = False,
@@ -133,12 +138,17 @@ def resume(
         on_event, stop, repair: see `train`.
         cluster: settings of the section `cluster` to change, such as {"executor": "inline"}.
         keep: replaces the recorded `storage.keep_activations`.
+        patience: replaces the recorded `exits.patience`; "never" goes on with a run that ended early.
         model: the factory, where the run was started with one.
 
     Raises:
         ObjectMissing: there is no such run.
     """
     config = load_run(uri, cluster, model, keep, repair=repair)
+    if patience is not None:
+        document = config.model_dump()
+        document["exits"]["patience"] = patience
+        config = validate_config(document)
     return train(config, on_event=on_event, stop=stop, repair=repair)
 
 
@@ -189,10 +199,11 @@ class _Run:
         plan = self.plan(ingest)
         runs = BlockRuns(self.config, plan, self.layout, self.runner, self.executor, self.placed_on)
         blocks = runs.run(ingest)
+        self._tell_early_end(plan, runs.early_end)
         model = self.model(plan, blocks)
-        Retention(self.store, self.layout, self.config.storage.keep_activations, len(plan.blocks)).run_done()
+        Retention(self.store, self.layout, self.config.storage.keep_activations, plan).run_done(len(blocks))
         wall_s = time.monotonic() - began + runs.skipped_s
-        return make_summary(self.config, plan, ingest, blocks, model, wall_s)
+        return make_summary(self.config, plan, ingest, blocks, model, wall_s, runs.early_end)
 
     def ingest(self) -> StageManifest:
         """Stage 0. A finished one is a snapshot: it counts even if the data set has changed or gone since."""
@@ -251,15 +262,20 @@ class _Run:
     def model(self, plan: Plan, blocks: list[StageManifest]) -> StageManifest:
         """Chooses the exit and assembles the final model, or takes the finished one."""
         key = self.layout.model_manifest
-        fingerprint = assemble_fingerprint(self.config, [block.content_checksum for block in blocks])
+        checksums = [block.content_checksum for block in blocks]
+        fingerprint = assemble_fingerprint(self.config, checksums)
+        self._give_up_smaller_model(checksums)
         done = self.runner.committed("model", key, fingerprint)
         if done is not None:
             return done
 
         def make_task(attempt: str, num_attempts: int, shrunk: int) -> AssembleTask:
-            return AssembleTask(config=self.config, plan=plan, attempt=attempt, num_threads=self.num_threads)
+            threads = self.num_threads
+            return AssembleTask(
+                config=self.config, plan=plan, num_blocks=len(blocks), attempt=attempt, num_threads=threads
+            )
 
-        memory_bytes = max(memory_of(self.config, block) for block in plan.blocks)
+        memory_bytes = max(memory_of(self.config, block) for block in plan.blocks[: len(blocks)])
         work = StageWork(
             name="model",
             function=MODEL_STAGE,
@@ -269,6 +285,24 @@ class _Run:
         )
         self.runner.run(work)
         return read_model(self.store, self.layout)
+
+    def _give_up_smaller_model(self, checksums: list[str]) -> None:
+        """Takes back a model of the first blocks only: the run ended early once, and was continued."""
+        made = read_manifest(self.store, self.layout.model_manifest)
+        num_blocks = None if made is None else model_blocks(self.config, checksums[:-1], made.fingerprint)
+        if num_blocks is not None:
+            text = f"the model of the first {num_blocks} blocks is replaced: {len(checksums)} are trained now"
+            self.log.add(Note(stage="model", text=text))
+            self.store.delete([self.layout.model_manifest])
+
+    def _tell_early_end(self, plan: Plan, end: EarlyEnd | None) -> None:
+        if end is None:
+            return
+        last = block_stage(end.num_blocks - 1)
+        self.log.add(Note(stage=last, text=f"the run stops early (--stop never trains all blocks): {end.reason}"))
+        for block in plan.blocks[end.num_blocks :]:
+            note = f"the run stopped early after {last}"
+            self.log.add(StageNotNeeded(stage=block_stage(block.block_idx), note=note))
 
     def _prepare_task(self, attempt: str, num_attempts: int, shrunk: int) -> PrepareTask:
         return PrepareTask(

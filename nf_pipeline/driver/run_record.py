@@ -24,7 +24,7 @@ from nf_pipeline.worker.tasks import block_fingerprint, num_rounds
 PLAN_RECORD_KEYS = ("format_version", "fingerprint", "placed_on", "config")
 """What plan.json says besides the plan: its version, what it was made for, the device that stages are placed on."""
 
-_NOT_COMPARED = (("storage", "uri"), ("storage", "keep_activations"))
+_NOT_COMPARED = (("storage", "uri"), ("storage", "keep_activations"), ("exits", "patience"))
 _RECORDED_PACKAGES = ("nf_pipeline", "torch", "torchvision", "ray", "pyarrow", "s3fs")
 
 

@@ -30,6 +30,11 @@ MakeTask = Callable[[str, int, int], Any]
 """(attempt id, attempts so far with this one, how often the batch must shrink) -> the stage's task."""
 
 
+def never() -> bool:
+    """Says no."""
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageWork:
     """A stage that is to run.
@@ -42,6 +47,7 @@ class StageWork:
         commit_key: object whose existence means that the stage is done; "" if the driver commits it.
         attempts_before: by earlier drivers.
         is_wanted: asked while the stage waits or runs elsewhere; False ends it with `InputReplaced`.
+        is_left_out: asked when it has ended so: True if nobody needs it any more, which is no failure.
     """
 
     name: str
@@ -51,6 +57,7 @@ class StageWork:
     commit_key: str = ""
     attempts_before: int = 0
     is_wanted: IsWanted = always
+    is_left_out: IsWanted = never
 
 
 def ignore(event: Event) -> None:
@@ -132,6 +139,8 @@ class StageRunner:
             except Exception as error:  # logged here, whatever it is, and raised again unless it is worth a retry
                 if isinstance(error, InputReplaced):
                     self.stop.check()  # ended before it began, because that was asked for
+                    if work.is_left_out():
+                        raise
                 failures[type(error)] += 1
                 decision = decide(error, failures[type(error)])
                 text = redacted(str(error))

@@ -14,17 +14,30 @@ from nf_pipeline.documents import parse_json, read_fields
 from nf_pipeline.driver.run_record import load_plan, read_run
 from nf_pipeline.driver.stages import commit_key, stage_names
 from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
-from nf_pipeline.events import EpochDone, Event, Note, Publishing, StageDone, StageFailed, StageSkipped, StageStarted
+from nf_pipeline.events import (
+    EpochDone,
+    Event,
+    Note,
+    Publishing,
+    StageDone,
+    StageFailed,
+    StageNotNeeded,
+    StageSkipped,
+    StageStarted,
+)
 from nf_pipeline.plans import Plan
 from nf_pipeline.run_uri import join_run_uri, split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import Store, open_store
 
 _LOOK_UP_THREADS = 8
-_STATE_AFTER = {StageStarted: "running", EpochDone: "running", StageFailed: "failed"}
-_EVENTS = {
-    kind.__name__: kind for kind in (StageStarted, EpochDone, StageFailed, StageDone, StageSkipped, Publishing, Note)
+_STATE_AFTER = {
+    StageStarted: "running",
+    EpochDone: "running",
+    StageFailed: "failed",
+    StageNotNeeded: "not needed",
 }
+_EVENTS = {kind.__name__: kind for kind in (*_STATE_AFTER, StageDone, StageSkipped, Publishing, Note)}
 
 
 @dataclass(kw_only=True)
@@ -33,7 +46,8 @@ class StageStatus:
 
     Attributes:
         stage: "ingest", "plan", "block-000", ..., "model".
-        state: "done", "running", "failed" or "waiting"; a killed run stays "running" with an old `updated_s`.
+        state: "done", "running", "failed", "waiting" or, of a block that the run ends without, "not needed"; a
+            killed run stays "running" with an old `updated_s`.
         attempt: id of the newest attempt, None before the first.
         attempts: number of attempts so far; in a pipelined run those at the newest round.
         round_idx: 0-based newest round of a block; 0 where there is one.

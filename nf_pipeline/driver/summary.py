@@ -3,6 +3,7 @@
 from typing import Any
 
 from nf_pipeline.config import FORMAT_VERSION, RunConfig
+from nf_pipeline.driver.early_end import EarlyEnd
 from nf_pipeline.plans import Plan
 from nf_pipeline.storage.manifest import StageManifest
 
@@ -30,11 +31,13 @@ def make_summary(
     blocks: list[StageManifest],
     model: StageManifest,
     wall_s: float,
+    early_end: EarlyEnd | None = None,
 ) -> dict[str, Any]:
     """Collects what the stages reported.
 
     Args:
         wall_s: seconds of this driver, and of training and writing the blocks that it found finished.
+        early_end: why the plan's last blocks were not trained, None if they were.
     """
     return {
         "format_version": FORMAT_VERSION,
@@ -54,5 +57,8 @@ def make_summary(
         "blocks": [{field: block.facts[field] for field in BLOCK_FIELDS} for block in blocks],
         **model.facts,
         "weights_checksum": model.weights.checksum,
-        "stopped_early": len(blocks) < len(plan.blocks),
+        "stopped_early": early_end is not None,
+        "stopped_after_block": early_end.num_blocks - 1 if early_end else None,
+        "stop_reason": early_end.reason if early_end else None,
+        "num_blocks_planned": len(plan.blocks),
     }

@@ -65,8 +65,9 @@ def evaluate(uri: str, data: DataConfig, model: str | None = None) -> list[dict[
     result = read_model(store, layout).facts
     plan, config, ingest = load_plan(store, layout), load_run(uri, model=model), read_ingest(store, layout).facts
     confirm_factory(plan.model, model)
-    blocks = [read_block(store, layout, idx) for idx in range(len(plan.blocks))]
-    units = [unit.eval() for unit in load_units(store, config, plan, blocks, len(plan.units))]
+    num_units = len(result["exits"])  # a run that stopped early has fewer than its plan
+    blocks = [read_block(store, layout, block.block_idx) for block in plan.blocks if block.units[0] < num_units]
+    units = [unit.eval() for unit in load_units(store, config, plan, blocks, num_units)]
     normalise = Normalise(ingest["mean"], ingest["std"])
     correct, num_images = np.zeros(len(units), np.int64), 0
     for batch in open_labelled(data, plan.image_shape, tuple(ingest["class_names"])):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from nf_pipeline.config import FORMAT_VERSION, RunConfig, validate_config
@@ -26,9 +27,16 @@ from nf_pipeline.storage.sealed import read_sealed
 from nf_pipeline.storage.shards import ShardInfo, TensorSpec, read_shard
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.worker.checkpoint_record import read_record
-from nf_pipeline.worker.tasks import assemble_fingerprint, block_fingerprint, num_rounds, plan_fingerprint
+from nf_pipeline.worker.tasks import (
+    assemble_fingerprint,
+    block_fingerprint,
+    chain_checksum,
+    model_blocks,
+    num_rounds,
+    plan_fingerprint,
+)
 
-OK, DAMAGED, NOT_FINISHED = "ok", "damaged", "not finished"
+OK, DAMAGED, NOT_FINISHED, NOT_NEEDED = "ok", "damaged", "not finished", "not needed"
 
 _THREADS = 4
 
@@ -58,7 +66,7 @@ class StageReport:
 
     Attributes:
         stage: see `Problem`.
-        state: "ok", "damaged" or "not finished".
+        state: "ok", "damaged", "not finished" or, of a block that a finished run ended without, "not needed".
         num_objects, num_bytes: that were named by what is committed, or by checkpoints, documents included.
     """
 
@@ -140,6 +148,7 @@ class _Inspection:
         self._documents: list[tuple[str, str]] = []
         self._named: list[_Named] = []
         self._holder = ""
+        self._num_in_model: int | None = None
 
     def look(self) -> None:
         """Reads documents first, then every object that they name."""
@@ -206,8 +215,7 @@ class _Inspection:
         self, config: RunConfig | None, plan: Plan | None, ingest: StageManifest | None
     ) -> list[StageManifest | None]:
         last = num_rounds(config) - 1 if config else 0
-        before: dict[int, StageManifest | None] = dict.fromkeys(range(last + 1), ingest)
-        finals = []
+        wholes: list[dict[int, StageManifest | None]] = [dict.fromkeys(range(last + 1), ingest)]
         for block_idx in range(len(plan.blocks) if plan else self._count_blocks()):
             stage = block_stage(block_idx)
             commits = self._commits_of(block_idx, last)
@@ -216,30 +224,37 @@ class _Inspection:
             whole = {}
             for idx, manifest in found.items():
                 wanted = _fingerprint(config, plan, block_idx, idx)
-                whole[idx] = self._belongs(commits[idx], manifest, before.get(idx), wanted)
+                # Without a plan nobody knows what the block read.
+                inputs = [of.get(idx) for of in wholes[plan.blocks[block_idx].source_block + 1 :]] if plan else [None]
+                whole[idx] = self._belongs(commits[idx], manifest, inputs, wanted)
             if found[last] is None:
                 self._finished.discard(stage)
                 self._look_at_checkpoints(stage, block_idx)
-            finals.append(whole[last])
-            before = whole
+            wholes.append(whole)
         if config is not None and last > 0:
-            self._check_rounds(last, len(finals))
-        return finals
+            self._check_rounds(last, len(wholes) - 1)
+        return [whole[last] for whole in wholes[1:]]
 
     def _belongs(
         self,
         key: str,
         manifest: StageManifest | None,
-        stage_input: StageManifest | None,
+        inputs: Sequence[StageManifest | None],
         fingerprint: Callable[[str], str] | None,
     ) -> StageManifest | None:
-        """Returns a block's manifest if it is of this configuration and of the very input that is stored."""
+        """Returns a block's manifest if it is of this configuration and of the very input that is stored.
+
+        Args:
+            inputs: what it read, and the blocks that it ran again; None for what is unknown.
+        """
         if manifest is None:
             return None
         wanted = fingerprint(manifest.input_checksum) if fingerprint else manifest.fingerprint
         if not self._expect(manifest.stage, key, "fingerprint", manifest.fingerprint, wanted, key):
             return None
-        wanted = stage_input.content_checksum if stage_input else manifest.input_checksum
+        wanted = manifest.input_checksum
+        if None not in inputs:
+            wanted = chain_checksum([part.content_checksum for part in inputs])
         same = self._expect(manifest.stage, key, "checksum of its input", manifest.input_checksum, wanted, key)
         return manifest if same else None
 
@@ -279,9 +294,16 @@ class _Inspection:
     ) -> StageManifest | None:
         key = self._begin("model", self._layout.model_manifest)
         manifest = self._read_manifest("model", key)
-        if manifest is None or config is None or None in blocks:
+        if manifest is None or config is None:
             return manifest
-        wanted = assemble_fingerprint(config, [block.content_checksum for block in blocks])
+        checksums = [block.content_checksum for block in takewhile(lambda block: block is not None, blocks)]
+        num_blocks = model_blocks(config, checksums, manifest.fingerprint)  # fewer than all if the run ended early
+        if num_blocks is not None:
+            self._num_in_model = num_blocks
+            return manifest
+        if None in blocks:
+            return manifest
+        wanted = assemble_fingerprint(config, checksums)
         return manifest if self._expect("model", key, "fingerprint", manifest.fingerprint, wanted, key) else None
 
     def _look_at_summary(self, model: StageManifest | None) -> None:
@@ -336,9 +358,13 @@ class _Inspection:
         keys = {key for of, key in self._documents if of == stage}
         keys |= {named.entry.key for named in self._named if named.stage == stage}
         is_damaged = any(problem.stage == stage for problem in self._problems)
-        state = DAMAGED if is_damaged else OK if stage in self._finished else NOT_FINISHED
+        state = DAMAGED if is_damaged else OK if stage in self._finished else self._unfinished(stage)
         there = [self._sizes[key] for key in keys if key in self._sizes]
         return StageReport(stage=stage, state=state, num_objects=len(there), num_bytes=sum(there))
+
+    def _unfinished(self, stage: str) -> str:
+        left_out = () if self._num_in_model is None else range(self._num_in_model, len(self._stages))
+        return NOT_NEEDED if stage in map(block_stage, left_out) else NOT_FINISHED
 
     def _begin(self, stage: str, key: str) -> str:
         self._stages.append(stage)

@@ -6,17 +6,20 @@ Deliberately knows nothing of what the objects contain. Opened by `store.open_st
 import contextlib
 import errno
 import io
+import mmap
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from nf_pipeline.errors import AlreadyExists, ObjectMissing, StorageError
 from nf_pipeline.storage.leftovers import Leftover
 from nf_pipeline.storage.store import Data, check_key, open_store
 
+_MAPPED_FROM = 256 * 2**10
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -43,6 +46,15 @@ class LocalStore:
         with self._explained("read", key):
             try:
                 return _read_whole(path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise ObjectMissing(f"object {key} does not exist", self.uri) from None
+
+    def view(self, key: str) -> Data:
+        """Maps a whole object, unless it is small (see `Store.view`)."""
+        path = self._path(key)
+        with self._explained("read", key):
+            try:
+                return _map_whole(path)
             except (FileNotFoundError, NotADirectoryError):
                 raise ObjectMissing(f"object {key} does not exist", self.uri) from None
 
@@ -127,6 +139,17 @@ def _read_whole(path: Path) -> memoryview:
         while taken := file.readinto(data[filled:]):
             filled += taken
     return data[:filled]
+
+
+def _map_whole(path: Path) -> memoryview:
+    with open(path, "rb", buffering=0) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes < _MAPPED_FROM:
+            return memoryview(file.read())
+        data = memoryview(mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ))
+    # One byte per page, in order: who takes rows out of it later, here and there, should not wait for a disk.
+    np.frombuffer(data, np.uint8)[:: mmap.PAGESIZE].max()
+    return data
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from pydantic import PositiveInt
 from nf_pipeline.config import fingerprint_of
 from nf_pipeline.documents import check_types
 from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, WorkerLost
+from nf_pipeline.storage.affine import Affine
 from nf_pipeline.storage.layout import commit_home, stage_home
 from nf_pipeline.storage.sealed import read_sealed, repair_fix, seal
 from nf_pipeline.storage.shards import ShardInfo, TensorSpec, read_shard_info
@@ -271,9 +272,23 @@ def _read_spec(document: dict[str, Any], where: str) -> TensorSpec | None:
     inner = f"{where}: spec"
     shape = _typed(entry, "shape", list, inner)
     try:
-        return TensorSpec(_typed(entry, "dtype", str, inner), tuple(shape), _typed(entry, "codec", str, inner))
+        return TensorSpec(
+            _typed(entry, "dtype", str, inner),
+            tuple(shape),
+            _typed(entry, "codec", str, inner),
+            _read_affine(entry, inner),
+        )
     except ConfigError as error:
         raise _corrupt(inner, error.what) from None
+
+
+def _read_affine(spec: dict[str, Any], where: str) -> Affine | None:
+    entry = _optional(spec, "affine", where) if "affine" in spec else None  # earlier versions knew none
+    if entry is None:
+        return None
+    inner = f"{where}: affine"
+    scales, zero_points = (_typed(entry, name, list, inner) for name in ("scales", "zero_points"))
+    return Affine(tuple(scales), tuple(zero_points))
 
 
 def _read_shards(shards: dict[str, Any], split: str, where: str) -> tuple[ShardInfo, ...]:

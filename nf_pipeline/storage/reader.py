@@ -1,22 +1,26 @@
 """Batches from shards, shuffled by seed and epoch, while the next shards are fetched in the background.
 
 The shards of an epoch are put in random order and cut into windows; all rows of a window are shuffled
-together. While one window is consumed, threads fetch and decode the next. The result depends on (seed, epoch)
+together. While one window is consumed, threads fetch and decode the next, and one more gathers the next
+batches. A shard's checksum is compared when a reader sees it for the first time; in later epochs its size and
+form are. The result depends on (seed, epoch)
 and the part only, never on timing. Deliberately knows nothing of torch: a batch is bytes; nor of how shards
 that are still being written are waited for: that is a `ShardList`'s work. Entry class: `ShardReader`.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from nf_pipeline.errors import ObjectCorrupt, StorageError
+from nf_pipeline.storage.affine import Affine
 from nf_pipeline.storage.parts import WHOLE, Part, divide_rows, step_sizes
 from nf_pipeline.storage.sealed import repair_fix
 from nf_pipeline.storage.shards import Shard, ShardInfo, TensorSpec, read_shard
@@ -25,6 +29,7 @@ from nf_pipeline.storage.store import Store
 STORED_TIMEOUT_S = 300.0
 WINDOW_SHARDS = 4
 PREFETCH_THREADS = 2
+BATCHES_AHEAD = 2
 _ALIGNMENT_BYTES = 64
 
 
@@ -36,11 +41,13 @@ class Batch:
         tensors: uint8 [N, nbytes], contiguous and aligned to 64 bytes, so that it views as any dtype.
         labels: int64 [N].
         sample_ids: int64 [N].
+        affine: what the bytes stand for, see `TensorSpec`.
     """
 
     tensors: np.ndarray
     labels: np.ndarray
     sample_ids: np.ndarray
+    affine: Affine | None
 
 
 class ShardList(Protocol):
@@ -100,8 +107,8 @@ class ShardReader:
     """Reads the shards of one split, as often as there are epochs.
 
     Invariants: at most two windows of decoded shards are in memory (plus the encoded bytes of the
-    `prefetch_threads` shards that are being decoded), however large the split is. Every row is copied once,
-    from the decoded shard into its batch.
+    `prefetch_threads` shards that are being decoded), and BATCHES_AHEAD batches that nobody has taken yet, however
+    large the split is. Every row is copied once, from the decoded shard into its batch.
 
     Args:
         store: where the shards are.
@@ -113,7 +120,7 @@ class ShardReader:
         prefetch_threads: shards fetched and decoded at the same time.
 
     Attributes:
-        wait_s: seconds that consumers waited for data, over all epochs so far.
+        wait_s: seconds that consumers waited for a batch, over all epochs so far.
     """
 
     def __init__(
@@ -137,6 +144,7 @@ class ShardReader:
         self._part = part
         self._window_shards = window_shards
         self._prefetch_threads = prefetch_threads
+        self._verified: set[int] = set()  # shards whose checksum was right when they were read first
 
     @property
     def num_rows(self) -> int:
@@ -187,15 +195,50 @@ class ShardReader:
             StorageError: the store failed, or sent nothing within the time.
             Exception: whatever a `ShardList` raised.
         """
-        random = np.random.default_rng([seed, epoch])
-        windows = self._windows(random if shuffle and shuffle_shards else None)
+        ended = threading.Event()
+        gathered = self._gathered(
+            np.random.default_rng([seed, epoch]) if shuffle else None,
+            self._batch_sizes(even),
+            shuffle_shards=shuffle_shards,
+            timeout_s=timeout_s or self._default_timeout_s,
+            ended=ended,
+        )
+        # One thread runs the generator, one batch at a time: it never waits for room, so nothing has to wake it.
+        gatherer = ThreadPoolExecutor(1, thread_name_prefix="shard-reader-batch")
+        ahead = deque(gatherer.submit(next, gathered, None) for _ in range(BATCHES_AHEAD))
+        try:
+            while (batch := self._awaited(ahead.popleft())) is not None:
+                ahead.append(gatherer.submit(next, gathered, None))
+                yield batch
+        finally:
+            ended.set()
+            self._shards.close()
+            gatherer.shutdown(cancel_futures=True)
+            gathered.close()
+
+    def _awaited(self, batch: "Future[Batch | None]") -> Batch | None:
+        start = time.perf_counter()
+        try:
+            return batch.result()
+        finally:
+            self.wait_s += time.perf_counter() - start
+
+    def _gathered(
+        self,
+        random: np.random.Generator | None,
+        sizes: list[int],
+        *,
+        shuffle_shards: bool,
+        timeout_s: float | None,
+        ended: threading.Event,
+    ) -> Iterator[Batch]:
+        windows = self._windows(random if shuffle_shards else None)
         pool = ThreadPoolExecutor(self._prefetch_threads, thread_name_prefix="shard-reader")
         hangs = False
         try:
-            filler = _BatchFiller(self._spec.nbytes, self._batch_sizes(even))
-            for window in self._fetched(pool, windows, timeout_s or self._default_timeout_s):
-                rows = _row_order(window, random if shuffle else None)
-                yield from filler.fill(window, rows)
+            filler = _BatchFiller(self._spec.nbytes, sizes)
+            for window in self._fetched(pool, windows, timeout_s, ended):
+                yield from filler.fill(window, _row_order(window, random))
                 window.clear()  # the last reference to these shards: the window after the next comes now
                 if filler.is_done:
                     break
@@ -227,37 +270,54 @@ class ShardReader:
         return pieces
 
     def _fetched(
-        self, pool: ThreadPoolExecutor, windows: Sequence[Sequence[_Piece]], timeout_s: float | None
+        self,
+        pool: ThreadPoolExecutor,
+        windows: Sequence[Sequence[_Piece]],
+        timeout_s: float | None,
+        ended: threading.Event,
     ) -> Iterator[list[Shard]]:
-        pending = self._fetch(pool, windows[0]) if windows else []
+        pending = self._fetch(pool, windows[0], ended) if windows else []
         for following in [*windows[1:], ()]:
             window = self._wait(pending, timeout_s)
-            pending = self._fetch(pool, following)
+            pending = self._fetch(pool, following, ended)
             yield window
 
-    def _fetch(self, pool: ThreadPoolExecutor, window: Sequence[_Piece]) -> list[Future[Shard]]:
-        return [pool.submit(self._read, piece) for piece in window]
+    def _fetch(
+        self, pool: ThreadPoolExecutor, window: Sequence[_Piece], ended: threading.Event
+    ) -> list[Future[Shard]]:
+        return [pool.submit(self._read, piece, ended) for piece in window]
 
-    def _read(self, piece: _Piece) -> Shard:
+    def _read(self, piece: _Piece, ended: threading.Event) -> Shard:
+        if ended.is_set():
+            raise StorageError("nobody waits for shards any more")
         info, num_rows = self._shards.get(piece.shard_idx), self._shards.num_rows(piece.shard_idx)
         if info.num_rows != num_rows:
             what = f"shard {info.key} has {info.num_rows} rows, want {num_rows}"
             raise ObjectCorrupt(what, self._store.uri, repair_fix(self._store, info.key))
-        shard = read_shard(self._store, info, self._spec)
-        return shard if len(piece.rows) == num_rows else _cut(shard, piece.rows)
+        shard = read_shard(self._store, info, self._spec, is_verified=piece.shard_idx in self._verified)
+        self._verified.add(piece.shard_idx)
+        return shard if len(piece.rows) == num_rows else shard.cut(piece.rows)
 
     def _wait(self, pending: list[Future[Shard]], timeout_s: float | None) -> list[Shard]:
-        start = time.perf_counter()
         _, late = wait_for(pending, timeout=timeout_s, return_when="FIRST_EXCEPTION")
-        self.wait_s += time.perf_counter() - start
         failed = [fetch for fetch in pending if fetch.done() and fetch.exception() is not None]
         if late and not failed:
             raise TimeoutError(f"{len(late)} of {len(pending)} shards did not arrive within {timeout_s:.0f} s")
-        return [fetch.result() for fetch in failed or pending]
+        return self._agreeing([fetch.result() for fetch in failed or pending])
+
+    def _agreeing(self, window: list[Shard]) -> list[Shard]:
+        """Passes shards on whose bytes stand for the same numbers: those of a split are mixed in every batch."""
+        if self._spec.affine is None and window:
+            self._spec = replace(self._spec, affine=window[0].affine)
+        if any(shard.affine != self._spec.affine for shard in window):
+            what = "shards of one stage have different scales"
+            raise ObjectCorrupt(what, self._store.uri, "resume the run")
+        return window
 
 
 def reader_bytes(shard_bytes: int) -> int:
-    """Returns what a reader holds of its host's memory at most: two windows, and the encoded shards under way."""
+    """Returns what a reader holds of its host's memory at most, but for BATCHES_AHEAD batches: two windows, and the
+    encoded shards under way."""
     return (2 * WINDOW_SHARDS + PREFETCH_THREADS) * shard_bytes
 
 
@@ -286,7 +346,7 @@ class _BatchFiller:
         taken = 0
         while taken < len(rows) and self._sizes_left:
             if self._batch is None:
-                self._batch = _empty_batch(self._sizes_left[0], self._nbytes)
+                self._batch = _empty_batch(self._sizes_left[0], self._nbytes, window[0].affine)
             count = min(len(rows) - taken, len(self._batch.labels) - self._filled)
             self._copy(window, starts, np.sort(rows[taken : taken + count]))
             taken += count
@@ -302,8 +362,8 @@ class _BatchFiller:
     def _take(self, shard: Shard, rows: np.ndarray) -> None:
         batch, start = self._batch, self._filled
         stop = start + len(rows)
+        _take_rows(shard.pieces, rows, batch.tensors[start:stop])
         # mode="clip" writes straight into `out`; the default mode would gather into a temporary first
-        np.take(shard.tensors, rows, axis=0, out=batch.tensors[start:stop], mode="clip")
         np.take(shard.labels, rows, out=batch.labels[start:stop], mode="clip")
         np.take(shard.sample_ids, rows, out=batch.sample_ids[start:stop], mode="clip")
         self._filled = stop
@@ -315,9 +375,13 @@ class _BatchFiller:
         return batch
 
 
-def _cut(shard: Shard, rows: range) -> Shard:
-    chosen = slice(rows.start, rows.stop)
-    return Shard(tensors=shard.tensors[chosen], labels=shard.labels[chosen], sample_ids=shard.sample_ids[chosen])
+def _take_rows(pieces: Sequence[np.ndarray], rows: np.ndarray, out: np.ndarray) -> None:
+    """Copies rows, in ascending order and counted through all pieces."""
+    starts = np.cumsum([0, *(len(piece) for piece in pieces)])
+    cuts = np.searchsorted(rows, starts)
+    for piece, first, start, stop in zip(pieces, starts[:-1], cuts[:-1], cuts[1:], strict=True):
+        if start < stop:
+            np.take(piece, rows[start:stop] - first, axis=0, out=out[start:stop], mode="clip")
 
 
 def _row_order(window: Sequence[Shard], random: np.random.Generator | None) -> np.ndarray:
@@ -325,8 +389,9 @@ def _row_order(window: Sequence[Shard], random: np.random.Generator | None) -> n
     return np.arange(num_rows) if random is None else random.permutation(num_rows)
 
 
-def _empty_batch(num_rows: int, nbytes: int) -> Batch:
+def _empty_batch(num_rows: int, nbytes: int, affine: Affine | None) -> Batch:
     memory = np.empty(num_rows * nbytes + _ALIGNMENT_BYTES, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT_BYTES
     tensors = memory[start : start + num_rows * nbytes].reshape(num_rows, nbytes)
-    return Batch(tensors=tensors, labels=np.empty(num_rows, np.int64), sample_ids=np.empty(num_rows, np.int64))
+    labels, sample_ids = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
+    return Batch(tensors=tensors, labels=labels, sample_ids=sample_ids, affine=affine)

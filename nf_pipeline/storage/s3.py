@@ -103,6 +103,10 @@ class S3Store:
         except s3_failures() as error:
             raise self._explain(error, "read", key) from None
 
+    def view(self, key: str) -> Data:
+        """Reads a whole object (see `Store.view`)."""
+        return self.get(key)
+
     def put(self, key: str, data: Data) -> None:
         """Writes a whole object (see `Store.put`)."""
         try:

@@ -1,9 +1,11 @@
 """Tensors as Parquet objects that any Parquet reader opens and that decode with one memcpy.
 
 A shard has three non-null columns: `tensor` (FixedSizeBinary, one value per sample; dtype and shape stand in
-the field's metadata), `sample_id` and `label` (int64). A list or tensor column would read 8 times slower
-(https://github.com/apache/arrow/issues/34510), and so would a dictionary. One shard is one buffer and one
-put: nothing half-written can appear under a shard's key, and no shard counts until a manifest names it.
+the field's metadata, and for numbers stored as bytes the scale and zero point of every channel), `sample_id` and
+`label` (int64). A list or tensor column would read 8 times slower
+(https://github.com/apache/arrow/issues/34510), and so would a dictionary. Without a codec the tensors are not even
+decoded: a reader takes rows straight out of the file. One shard is one buffer and one put: nothing half-written can
+appear under a shard's key, and no shard counts until a manifest names it.
 
 Deliberately knows nothing of what the tensors mean, nor of torch. Entry points: `ShardWriter`, `read_shard`.
 """
@@ -11,7 +13,7 @@ Deliberately knows nothing of what the tensors mean, nor of torch. Entry points:
 import json
 import math
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,8 +26,9 @@ import pyarrow.parquet as pq
 from nf_pipeline.documents import read_fields
 from nf_pipeline.dtypes import ITEM_BYTES
 from nf_pipeline.errors import ConfigError, InternalError, ObjectCorrupt, ObjectMissing, StorageError
+from nf_pipeline.storage.affine import Affine
 from nf_pipeline.storage.sealed import repair_fix
-from nf_pipeline.storage.store import Store, checksum_of
+from nf_pipeline.storage.store import Data, Store, checksum_of
 
 CODECS = ("none", "zstd", "lz4")
 
@@ -38,8 +41,13 @@ MAX_SHARD_BYTES = 2**31 - 1
 MAX_EXPANSION = 2**14
 """Rows per stored byte; a row of two numbers and a tensor compresses to a fraction of a byte at best."""
 
+# How the header of a data page begins, in Thrift's compact form: type 0, then the size of what follows it.
+_PAGE_START = b"\x15\x00\x15"
+
 _DTYPE_KEY = b"dtype"
 _SHAPE_KEY = b"shape"
+_SCALES_KEY = b"scales"
+_ZERO_POINTS_KEY = b"zero_points"
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,14 @@ class TensorSpec:
         dtype: "uint8", "float32", "float16" or "bfloat16" (which numpy and Arrow lack: bytes with a name).
         shape: of one sample, such as (C, H, W).
         codec: Parquet compression: "none", "zstd" (level 1) or "lz4".
+        affine: what the bytes of uint8 stand for, a scale and a zero point for each of `shape[0]` channels; None
+            where they are numbers as they are, such as pixels, and for all other types.
     """
 
     dtype: str
     shape: tuple[int, ...]
     codec: str = "none"
+    affine: Affine | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
@@ -65,6 +76,9 @@ class TensorSpec:
             raise ConfigError(f"tensor shape: got {self.shape!r}, want one or more positive sizes")
         if self.nbytes > MAX_SHARD_BYTES:
             raise ConfigError(f"tensor shape: got {self.shape!r}, want at most {MAX_SHARD_BYTES} bytes per sample")
+        if self.affine is not None and (self.dtype, len(self.affine.scales)) != ("uint8", self.shape[0]):
+            what = f"{len(self.affine.scales)} scales for {self.dtype} of shape {self.shape!r}"
+            raise ConfigError(f"tensor affine: got {what}, want one per channel of uint8")
 
     @property
     def nbytes(self) -> int:
@@ -111,14 +125,35 @@ class Shard:
     """A decoded shard.
 
     Attributes:
-        tensors: uint8 [rows, nbytes], a read-only view of the Arrow buffer.
+        affine: what its bytes stand for, as the file itself says; see `TensorSpec`.
+        pieces: uint8 [rows of a row group, nbytes] each, in order; read-only views of the file where it holds the
+            tensors as they are, of the decoded buffer otherwise.
         labels: int64 [rows].
         sample_ids: int64 [rows].
     """
 
-    tensors: np.ndarray
+    pieces: tuple[np.ndarray, ...]
     labels: np.ndarray
     sample_ids: np.ndarray
+    affine: Affine | None = None
+
+    @property
+    def tensors(self) -> np.ndarray:
+        """All rows, uint8 [rows, nbytes]: a copy where there are several pieces."""
+        return self.pieces[0] if len(self.pieces) == 1 else np.concatenate(self.pieces)
+
+    def cut(self, rows: range) -> "Shard":
+        """Returns views of consecutive rows."""
+        starts = np.cumsum([0, *(len(piece) for piece in self.pieces)])
+        bounds = [(rows.start - start, rows.stop - start) for start in starts[:-1]]
+        pieces = [piece[max(0, a) : max(0, b)] for piece, (a, b) in zip(self.pieces, bounds, strict=True)]
+        chosen = slice(rows.start, rows.stop)
+        return Shard(
+            pieces=tuple(piece for piece in pieces if len(piece)),
+            labels=self.labels[chosen],
+            sample_ids=self.sample_ids[chosen],
+            affine=self.affine,
+        )
 
 
 def rows_per_shard(spec: TensorSpec, shard_bytes: int) -> int:
@@ -139,6 +174,9 @@ def writer_bytes(shard_bytes: int) -> int:
 def shard_schema(spec: TensorSpec) -> pa.Schema:
     """Returns the Parquet schema of shards with such tensors."""
     metadata = {_DTYPE_KEY: spec.dtype.encode(), _SHAPE_KEY: json.dumps(list(spec.shape)).encode()}
+    if spec.affine is not None:
+        metadata[_SCALES_KEY] = json.dumps(spec.affine.scales).encode()
+        metadata[_ZERO_POINTS_KEY] = json.dumps(spec.affine.zero_points).encode()
     return pa.schema(
         [
             pa.field("tensor", pa.binary(spec.nbytes), nullable=False, metadata=metadata),
@@ -149,16 +187,22 @@ def shard_schema(spec: TensorSpec) -> pa.Schema:
 
 
 def spec_of_field(field: pa.Field) -> TensorSpec | None:
-    """Reads dtype and shape back from a column's metadata; None if it is no tensor column of this form."""
+    """Reads type, shape and scales back from a column's metadata; None if it is no tensor column of this form."""
     metadata = field.metadata or {}
     if not pa.types.is_fixed_size_binary(field.type) or not {_DTYPE_KEY, _SHAPE_KEY} <= metadata.keys():
         return None
     try:
         shape = tuple(json.loads(metadata[_SHAPE_KEY]))
-        spec = TensorSpec(metadata[_DTYPE_KEY].decode(), shape)
+        spec = TensorSpec(metadata[_DTYPE_KEY].decode(), shape, affine=_affine_of(metadata))
     except (ValueError, TypeError, RecursionError, ConfigError):
         return None
     return spec if spec.nbytes == field.type.byte_width else None
+
+
+def _affine_of(metadata: Mapping[bytes, bytes]) -> Affine | None:
+    if _SCALES_KEY not in metadata:
+        return None
+    return Affine(tuple(json.loads(metadata[_SCALES_KEY])), tuple(json.loads(metadata.get(_ZERO_POINTS_KEY, b"[]"))))
 
 
 class ShardWriter:
@@ -362,6 +406,9 @@ class _ShardBuffer:
             compression=spec.codec,
             compression_level=1 if spec.codec == "zstd" else None,
             use_dictionary=False,
+            # One page per row group: a reader finds all its rows in one piece, where no codec has changed them.
+            data_page_size=MAX_SHARD_BYTES,
+            max_rows_per_page=MAX_SHARD_BYTES,
             write_statistics=["sample_id", "label"],
             write_page_checksum=True,
         )
@@ -378,28 +425,28 @@ class _ShardBuffer:
         return pa.table(columns, schema=shard_schema(self._spec))
 
 
-def read_shard(store: Store, shard: ShardInfo, spec: TensorSpec) -> Shard:
+def read_shard(store: Store, shard: ShardInfo, spec: TensorSpec, *, is_verified: bool = False) -> Shard:
     """Fetches, verifies and decodes one shard.
 
     The page checksums in the file are for other readers: the checksum of the object covers them.
+
+    Args:
+        store: where it is.
+        shard: what the manifest says.
+        spec: of its tensors.
+        is_verified: whether this process has read the object before: its checksum, which takes most of the time, is
+            not compared again.
 
     Raises:
         ObjectMissing: it is not there, or it was released.
         ObjectCorrupt: size, checksum, rows or tensor type are not what the manifest says.
     """
-    if shard.is_released:
-        what = f"a shard of {shard.num_rows} rows was released: the policy keeps activations only until they are read"
-        raise ObjectMissing(what, store.uri, RELEASED_FIX)
-    try:
-        data = store.get(shard.key)
-    except ObjectMissing as error:
-        raise ObjectMissing(error.what, store.uri, repair_fix(store, shard.key)) from None
-    _require(store, shard, "bytes", len(data), shard.num_bytes)
-    _require(store, shard, "checksum", checksum_of(data), shard.checksum)
+    data = _fetch(store, shard, is_verified)
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        _check_header(store, shard, spec, file.schema_arrow, file.metadata.num_rows)
-        table = file.read(use_threads=False)
+        affine = _check_header(store, shard, spec, file.schema_arrow, file.metadata.num_rows)
+        pieces = _plain_rows(data, file.metadata, spec.nbytes)
+        table = file.read(columns=["sample_id", "label"] if pieces else None, use_threads=False)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         # ValueError: names that are no UTF-8. MemoryError: a page that claims to be larger than memory.
         raise _corrupt(store, shard, f"no Parquet file: {error}") from error
@@ -407,14 +454,34 @@ def read_shard(store: Store, shard: ShardInfo, spec: TensorSpec) -> Shard:
     nulls = sum(column.null_count for column in table.columns)
     _require(store, shard, "nulls", nulls, 0)
     return Shard(
-        tensors=_bytes_of(table.column("tensor"), spec.nbytes),
+        pieces=pieces or (_bytes_of(table.column("tensor"), spec.nbytes),),
         labels=table.column("label").to_numpy(),
         sample_ids=table.column("sample_id").to_numpy(),
+        affine=affine,
     )
 
 
-def _check_header(store: Store, shard: ShardInfo, spec: TensorSpec, schema: pa.Schema, num_rows: int) -> None:
-    """Compares what the footer says with the manifest before any page is decoded."""
+def _fetch(store: Store, shard: ShardInfo, is_verified: bool) -> Data:
+    if shard.is_released:
+        what = f"a shard of {shard.num_rows} rows was released: the policy keeps activations only until they are read"
+        raise ObjectMissing(what, store.uri, RELEASED_FIX)
+    try:
+        data = store.view(shard.key) if is_verified else store.get(shard.key)
+    except ObjectMissing as error:
+        raise ObjectMissing(error.what, store.uri, repair_fix(store, shard.key)) from None
+    _require(store, shard, "bytes", len(data), shard.num_bytes)
+    if not is_verified:
+        _require(store, shard, "checksum", checksum_of(data), shard.checksum)
+    return data
+
+
+def _check_header(
+    store: Store, shard: ShardInfo, spec: TensorSpec, schema: pa.Schema, num_rows: int
+) -> Affine | None:
+    """Compares what the footer says with the manifest before any page is decoded; returns its scales.
+
+    Before there is a manifest nobody knows the scales: then the footer alone says them.
+    """
     _require(store, shard, "rows", num_rows, shard.num_rows)
     if num_rows * spec.nbytes > MAX_SHARD_BYTES:
         raise _corrupt(store, shard, f"{num_rows} rows of {spec.nbytes} bytes, want at most {MAX_SHARD_BYTES} bytes")
@@ -423,6 +490,37 @@ def _check_header(store: Store, shard: ShardInfo, spec: TensorSpec, schema: pa.S
     stored = spec_of_field(schema.field("tensor"))
     got = (stored.dtype, stored.shape) if stored else None
     _require(store, shard, "tensor type", got, (spec.dtype, spec.shape))
+    if spec.affine is not None and stored.affine != spec.affine:
+        raise _corrupt(store, shard, "its scales are not those of the manifest")
+    return stored.affine
+
+
+def _plain_rows(data: Data, metadata: pq.FileMetaData, nbytes: int) -> tuple[np.ndarray, ...]:
+    """Finds the tensors as they stand in the file, one piece per row group; empty if they have to be decoded."""
+    flat = np.frombuffer(data, np.uint8)
+    groups = [metadata.row_group(idx) for idx in range(metadata.num_row_groups)]
+    pages = [_plain_page(flat, group.column(0), group.num_rows * nbytes) for group in groups]
+    is_whole = sum(group.num_rows for group in groups) == metadata.num_rows and all(page.size for page in pages)
+    return tuple(page.reshape(-1, nbytes) for page in pages) if is_whole else ()
+
+
+def _plain_page(flat: np.ndarray, chunk: pq.ColumnChunkMetaData, size: int) -> np.ndarray:
+    """Returns the values of a column chunk that is one page of nothing but `size` bytes of values, else nothing."""
+    start, stop = chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
+    is_plain = chunk.compression == "UNCOMPRESSED" and set(chunk.encodings) <= {"PLAIN", "RLE"}
+    if chunk.has_dictionary_page or not is_plain or not 0 <= start < stop - size < stop <= len(flat):
+        return flat[:0]
+    header = _PAGE_START + _varint(2 * size)
+    return flat[stop - size : stop] if flat[start : start + len(header)].tobytes() == header else flat[:0]
+
+
+def _varint(number: int) -> bytes:
+    """Encodes a number as Thrift's compact protocol does: seven bits a byte, the lowest first."""
+    digits = []
+    while number > 127:
+        digits.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*digits, number])
 
 
 def _bytes_of(column: pa.ChunkedArray, nbytes: int) -> np.ndarray:

@@ -40,6 +40,16 @@ class Store(Protocol):
         """
         ...
 
+    def view(self, key: str) -> Data:
+        """Reads a whole object as `get` does, but may hand out the file's own pages, which saves a copy.
+
+        For objects that were read and verified before: a disk that fails under mapped pages ends the process.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+        ...
+
     def put(self, key: str, data: Data) -> None:
         """Writes a whole object, over an older one if there is one; readers see the old or the new one."""
         ...

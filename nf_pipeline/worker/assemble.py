@@ -12,9 +12,11 @@ import safetensors.torch
 import torch
 
 from nf_pipeline.config import RunConfig
-from nf_pipeline.core.exit_model import ExitModel, ExitSpec, build_first_units
+from nf_pipeline.core.exit_model import ExitModel
 from nf_pipeline.core.exits import ExitCandidate, choose_exit
-from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.core.layers import cut
+from nf_pipeline.core.local_unit import LocalUnit, build_units
+from nf_pipeline.core.models import build_model
 from nf_pipeline.core.tensor_file import read_tensors
 from nf_pipeline.core.train_step import resolve_device
 from nf_pipeline.errors import AlreadyExists, ObjectCorrupt
@@ -50,7 +52,7 @@ def assemble_model(task: AssembleTask) -> Iterator[Event]:
     set_threads(task.num_threads)
     store, layout = open_run_store(task.config)
     yield StageStarted(stage=STAGE, attempt=task.attempt, worker=worker_name())
-    blocks = [read_block(store, layout, idx) for idx in range(len(task.plan.blocks))]
+    blocks = [read_block(store, layout, idx) for idx in range(task.num_blocks)]
     ingest = read_ingest(store, layout)
     exits = list_exits(task.plan, [block.facts for block in blocks])
     chosen = choose_exit(exits, task.config.exits.tolerance, task.config.exits.confidence)
@@ -65,13 +67,13 @@ def assemble_model(task: AssembleTask) -> Iterator[Event]:
 
 
 def list_exits(plan: Plan, block_facts: list[dict[str, Any]]) -> list[ExitCandidate]:
-    """Turns what the blocks counted into one candidate per unit, shallowest first.
+    """Turns what the trained blocks counted into one candidate per unit, shallowest first.
 
     Parameters and FLOPs are those of the model that ends at the exit, its head included.
     """
     correct = [count for facts in block_facts for count in facts["val_correct"]]
     exits = []
-    for unit, num_correct in zip(plan.units, correct, strict=True):
+    for unit, num_correct in zip(plan.units[: len(correct)], correct, strict=True):
         layers = plan.layers[: unit.stop]
         exits.append(
             ExitCandidate(
@@ -94,15 +96,9 @@ def load_units(
     Raises:
         ObjectCorrupt: a block's weights are not those that its manifest names.
     """
-    spec = ExitSpec(
-        model=plan.model,
-        image_shape=plan.image_shape,
-        num_classes=plan.num_classes,
-        head=config.train.head,
-        unit_layers=config.train.unit_layers,
-        num_units=num_units,
-    )
-    units = build_first_units(spec)
+    model = build_model(plan.model, image_shape=plan.image_shape, num_classes=plan.num_classes, seed=0)
+    cut_model, first_units = cut(model, plan.image_shape), range(num_units)
+    units = build_units(cut_model, config.train.head, plan.spans, plan.num_classes, 0, units=first_units)
     for block, manifest in zip(plan.blocks, blocks, strict=False):
         first, stop = block.units[0], min(block.units[1], num_units)
         if first < stop:
@@ -126,7 +122,7 @@ def _test(
     cap_device_memory(device, None)
     model.to(device)
     # What every block could train with, the final model can run with.
-    batch_size = min(block.batch_size for block in task.plan.blocks)
+    batch_size = min(block.batch_size for block in task.plan.blocks[: task.num_blocks])
     reader = ShardReader(store, ingest.shards["test"], ingest.spec, batch_size=batch_size)
     clock, correct, done = ProgressClock(), 0, 0
     for batch in reader.batches(seed=0, epoch=0, shuffle=False):
@@ -212,9 +208,8 @@ def _card(task: AssembleTask, ingest: StageManifest, result: dict[str, Any], che
         image_shape=task.plan.image_shape,
         num_classes=task.plan.num_classes,
         class_names=tuple(ingest.facts["class_names"]),
-        head=task.config.train.head,
-        unit_layers=task.config.train.unit_layers,
-        num_units=result["chosen_exit"] + 1,
+        head=task.plan.units[result["chosen_exit"]].head or task.config.train.head,
+        num_layers=chosen["layer_idx"] + 1,
         mean=tuple(ingest.facts["mean"]),
         std=tuple(ingest.facts["std"]),
         exit_layer_idx=chosen["layer_idx"],

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import safetensors.torch
@@ -13,14 +13,26 @@ from nf_pipeline.errors import ObjectCorrupt
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, check_stored, checksum_of, commit_manifest
-from nf_pipeline.storage.shards import ShardInfo, read_shard_info
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec, read_shard_info
 from nf_pipeline.storage.store import Store
-from nf_pipeline.worker.block_input import activation_spec
 from nf_pipeline.worker.checkpoint import CheckpointRecord, delete_quietly, pack_units
 from nf_pipeline.worker.data_parallel import Replicas
 from nf_pipeline.worker.tasks import BlockTask, block_fingerprint, num_rounds
 
 Shards = dict[str, list[ShardInfo]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a round stored for the blocks that read it.
+
+    Attributes:
+        spec: of the tensors; None where nothing is stored.
+        shards: split -> shards of all members, in stored order.
+    """
+
+    spec: TensorSpec | None
+    shards: Shards
 
 
 def merge_parts(store: Store, layout: RunLayout, task: BlockTask, shards: Shards, replicas: Replicas) -> Shards:
@@ -54,8 +66,8 @@ def commit_block(
     task: BlockTask,
     units: Sequence[LocalUnit],
     record: CheckpointRecord,
-    stage_input: StageManifest,
-    shards: Shards,
+    input_checksum: str,
+    made: Made,
 ) -> dict[str, Any]:
     """Stores the manifest of a round, and the block's weights with that of the last one.
 
@@ -69,14 +81,14 @@ def commit_block(
         AlreadyExists: another attempt committed first.
         WorkerLost: this attempt's objects are no longer there.
     """
-    result = _result(task, record, shards)
+    result = _result(task, record, made.shards)
     manifest = StageManifest(
         stage=task.stage,
-        fingerprint=block_fingerprint(task.config, task.block, task.round_idx, stage_input.content_checksum),
-        input_checksum=stage_input.content_checksum,
+        fingerprint=block_fingerprint(task.config, task.block, task.round_idx, input_checksum),
+        input_checksum=input_checksum,
         attempt=task.attempt,
-        spec=activation_spec(task, task.block_idx) if shards else None,
-        shards={split: tuple(infos) for split, infos in shards.items()},
+        spec=made.spec,
+        shards={split: tuple(infos) for split, infos in made.shards.items()},
         weights=_store_weights(store, layout, task, units) if task.is_last_round else _state(store, record),
         facts=result if task.is_last_round else {**result, "checkpoint": asdict(record)},
     )
@@ -105,6 +117,7 @@ def _result(task: BlockTask, record: CheckpointRecord, shards: Shards) -> dict[s
     return {
         "block_idx": block.block_idx,
         "layers": list(block.layers),
+        "source_block": block.source_block,
         "batch_size": task.batch_size,
         "budget_bytes": block.budget_bytes,
         "predicted_peak_bytes": block.predicted_peak_bytes,

@@ -1,4 +1,8 @@
-"""What a block trains from: the images, or the activations of the block before, finished or still being written.
+"""What a block trains from: the images, or the activations of a block before it.
+
+Those of the block right before it may still be being written. Between any other source and the block lie trained
+blocks, whose layers run on every batch; what starts from the images sees them changed anew every epoch, as the first
+block does.
 
 The first epoch on fresh activations reads their shards in stored order, so that it can begin with the first of them,
 and shuffles rows within windows of shards. That holds whether or not the shards were already there: timing never
@@ -9,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from nf_pipeline.core.frozen import FrozenUnits
 from nf_pipeline.events import Progress
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest
@@ -19,8 +24,8 @@ from nf_pipeline.storage.shards import TensorSpec, rows_per_shard
 from nf_pipeline.storage.store import Store
 from nf_pipeline.worker.feed import Augmentation, Feed, open_feed
 from nf_pipeline.worker.progress_clock import ProgressClock
-from nf_pipeline.worker.stage_input import read_ingest
-from nf_pipeline.worker.tasks import BlockTask, num_rounds
+from nf_pipeline.worker.stage_input import read_block, read_ingest
+from nf_pipeline.worker.tasks import BlockTask, chain_checksum, num_rounds
 
 COMMIT_TIMEOUT_S = 3600.0
 
@@ -33,18 +38,25 @@ def activation_spec(task: BlockTask, block_idx: int) -> TensorSpec:
 
 
 class BlockInput:
-    """The input of one round of a block, as one of its workers reads it."""
+    """The input of one round of a block, as one of its workers reads it.
+
+    Attributes:
+        recomputed: commits of the blocks that are run again on every batch, in order.
+        frozen: their layers on the training device; set it before a feed is opened.
+    """
 
     def __init__(self, store: Store, layout: RunLayout, task: BlockTask) -> None:
         """Looks whether the input is finished.
 
         Raises:
-            ObjectMissing: there are no ingested images.
+            ObjectMissing: there are no ingested images, or a block that is to be run again is not trained.
         """
+        self.recomputed = [read_block(store, layout, block_idx) for block_idx in task.block.recomputed]
+        self.frozen: FrozenUnits | None = None
         self._task = task
         self._store = store
         self._ingest = read_ingest(store, layout)
-        self._announcements = None if task.block_idx == 0 else _announcements(store, layout, task)
+        self._announcements = None if task.block.source_block < 0 else _announcements(store, layout, task)
         if self._announcements is not None:
             self._announcements.poll()
 
@@ -52,6 +64,18 @@ class BlockInput:
     def manifest(self) -> StageManifest | None:
         """The input's commit; None while it is being written."""
         return self._ingest if self._announcements is None else self._announcements.manifest
+
+    @property
+    def checksum(self) -> str | None:
+        """Identifies what the block trains on; None while it is being written."""
+        if self.manifest is None:
+            return None
+        return chain_checksum([part.content_checksum for part in (self.manifest, *self.recomputed)])
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the shards may still be being written: those of the block right before this one."""
+        return 0 <= self._task.block.source_block == self._task.block_idx - 1
 
     def wait_committed(self) -> Iterator[Progress]:
         """Waits for the input's commit, which gives the work its fingerprint.
@@ -72,12 +96,12 @@ class BlockInput:
         """Opens this worker's part of the train split, whose shards may still be coming."""
         if self.manifest is not None:
             return self._open("train", batch_size, device, self._augmentation(None))
-        config, spec = self._task.config, activation_spec(self._task, self._task.block_idx - 1)
+        config, spec = self._task.config, activation_spec(self._task, self._task.block.source_block)
         rows = part_rows(self._ingest.num_rows("train"), config.train.workers_per_block)
         size = rows_per_shard(spec, config.storage.shard_bytes)
         shards = PublishedShards(self._announcements, "train", rows, size)
         reader = ShardReader(self._store, shards, spec, batch_size=batch_size, part=self._part)
-        return Feed(reader, spec, device, None)
+        return Feed(reader, spec, device, None, frozen=self.frozen)
 
     def open_val(self, batch_size: int, device: torch.device) -> Feed:
         """Opens this worker's part of the committed validation split."""
@@ -103,11 +127,12 @@ class BlockInput:
             device=device,
             part=self._part,
             augmentation=augmentation,
+            frozen=self.frozen,
         )
 
     def _augmentation(self, view: int | None) -> Augmentation | None:
         train = self._task.config.train
-        if train.augment == "none" or self._task.block_idx > 0:
+        if train.augment == "none" or self._task.block.source_block >= 0:
             return None
         return Augmentation(kind=train.augment, seed=train.seed, view=view)
 
@@ -117,10 +142,10 @@ class BlockInput:
 
 
 def _announcements(store: Store, layout: RunLayout, task: BlockTask) -> Announcements:
-    before, round_idx = task.block_idx - 1, task.round_idx
+    source, round_idx = task.block.source_block, task.round_idx
     workers = range(task.config.train.workers_per_block)
-    source = Source(
-        manifest_key=layout.round_manifest(before, round_idx, num_rounds(task.config)),
-        publication_keys=tuple(layout.publication(before, round_idx, part) for part in workers),
+    place = Source(
+        manifest_key=layout.round_manifest(source, round_idx, num_rounds(task.config)),
+        publication_keys=tuple(layout.publication(source, round_idx, part) for part in workers),
     )
-    return Announcements(store, source)
+    return Announcements(store, place)

@@ -165,11 +165,20 @@ class Replicas:
         Raises:
             PeerLost: a member is gone.
         """
+        (most,) = self.largest_each([value])
+        return int(most) if isinstance(value, int) else most
+
+    def largest_each(self, values: Sequence[float]) -> list[float]:
+        """Returns the largest of every value over all members.
+
+        Raises:
+            PeerLost: a member is gone.
+        """
         if self.is_alone:
-            return value
-        most = torch.tensor([value], dtype=torch.float64)
+            return list(values)
+        most = torch.tensor(values, dtype=torch.float64)
         largest_of_group(most)
-        return int(most.item()) if isinstance(value, int) else most.item()
+        return most.tolist()
 
     def barrier(self) -> None:
         """Waits until every member has come here.

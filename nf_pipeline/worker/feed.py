@@ -1,11 +1,12 @@
 """Batches of stored samples as tensors on the training device.
 
 Images (uint8) are normalised with the train split's mean and standard deviation; stored activations are widened
-to float32. On a CPU the stored bytes are the loader's host memory; only the float32 batch counts as device memory,
-from the moment the consumer tracks it.
+to float32, on the device, and where bytes stand for numbers, scaled there. On a CPU the stored bytes are the loader's
+host memory; only the float32 batch counts as device memory, from the moment the consumer tracks it.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,10 @@ import torch
 
 from nf_pipeline.core.dtypes import TORCH_DTYPES
 from nf_pipeline.core.exit_model import Normalise
+from nf_pipeline.core.frozen import FrozenUnits
+from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.memory import PeakMeter
+from nf_pipeline.storage.affine import Affine
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.parts import WHOLE, Part
 from nf_pipeline.storage.reader import Batch, ShardReader
@@ -45,8 +49,11 @@ class DeviceBatch:
         sample_ids: int64 [N] on the host.
     """
 
-    def __init__(self, x_NCHW: torch.Tensor, y_N: torch.Tensor, sample_ids: np.ndarray) -> None:
+    def __init__(
+        self, x_NCHW: torch.Tensor, y_N: torch.Tensor, sample_ids: np.ndarray, frozen: FrozenUnits | None = None
+    ) -> None:
         self._x_NCHW: torch.Tensor | None = x_NCHW
+        self._frozen = frozen
         self.y_N = y_N
         self.sample_ids = sample_ids
 
@@ -55,7 +62,13 @@ class DeviceBatch:
         meter.track(self._x_NCHW, self.y_N)
 
     def take_x(self) -> torch.Tensor:
-        """Hands over the inputs, float32; once. A block's first unit is done with them long before its last."""
+        """Hands over the inputs, float32; once. A block's first unit is done with them long before its last.
+
+        Where the block starts from an earlier one's activations, or the images, the layers between run here.
+        """
+        return self._take_stored() if self._frozen is None else self._frozen.output(self._take_stored())
+
+    def _take_stored(self) -> torch.Tensor:
         x_NCHW, self._x_NCHW = self._x_NCHW, None
         return x_NCHW
 
@@ -70,12 +83,17 @@ class Feed:
         device: torch.device,
         normalise: Normalise | None,
         augmentation: Augmentation | None = None,
+        frozen: FrozenUnits | None = None,
     ) -> None:
         self._reader = reader
         self._augmentation = augmentation
+        self._frozen = frozen
         self._spec = spec
         self._device = device
         self._normalise = normalise
+        self._wait_s = 0.0
+        self._scales: torch.Tensor | None = None
+        self._zero_points: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -89,8 +107,8 @@ class Feed:
 
     @property
     def wait_s(self) -> float:
-        """Seconds that the consumer has waited for stored data so far."""
-        return self._reader.wait_s
+        """Seconds that consumers have waited for batches so far, until they were on the device."""
+        return self._wait_s
 
     def num_batches(self, *, even: bool) -> int:
         """Returns the steps of one pass."""
@@ -113,9 +131,18 @@ class Feed:
         stored = self._reader.batches(
             seed=seed, epoch=epoch, shuffle=shuffle, shuffle_shards=shuffle_shards, even=even
         )
-        for batch in stored:
+        while (batch := self._awaited(stored, epoch)) is not None:
+            yield batch
+
+    def _awaited(self, stored: Iterator[Batch], epoch: int) -> DeviceBatch | None:
+        start = time.perf_counter()
+        batch = next(stored, None)
+        if batch is not None:
             labels_N = torch.from_numpy(batch.labels).to(self._device)
-            yield DeviceBatch(self._to_device(batch, epoch), labels_N, batch.sample_ids)
+            x_NCHW = laid_out(self._to_device(batch, epoch))
+            batch = DeviceBatch(x_NCHW, labels_N, batch.sample_ids, self._frozen)
+        self._wait_s += time.perf_counter() - start
+        return batch
 
     def _to_device(self, batch: Batch, epoch: int) -> torch.Tensor:
         stored = torch.from_numpy(batch.tensors).view(TORCH_DTYPES[self._spec.dtype])
@@ -127,7 +154,17 @@ class Feed:
         if self._normalise is not None:
             return self._normalise(stored)
         # copy: float32 shards would otherwise hand out the loader's own buffer.
-        return stored.to(dtype=torch.float32, copy=True)
+        numbers = stored.to(dtype=torch.float32, copy=True)
+        return numbers if batch.affine is None else self._scaled(numbers, batch.affine)
+
+    def _scaled(self, numbers_NCHW: torch.Tensor, affine: Affine) -> torch.Tensor:
+        """Turns bytes into what they stand for, in place; the same arithmetic as in `Affine.decode`."""
+        if self._scales is None:  # the same for all shards of a stage
+            self._scales = _per_channel(affine.scales, numbers_NCHW)
+            self._zero_points = _per_channel(affine.zero_points, numbers_NCHW) if any(affine.zero_points) else None
+        if self._zero_points is not None:
+            numbers_NCHW.sub_(self._zero_points)
+        return numbers_NCHW.mul_(self._scales)
 
     @staticmethod
     def _augmented(
@@ -135,6 +172,11 @@ class Feed:
     ) -> torch.Tensor:
         view = epoch if augmentation.view is None else augmentation.view
         return augment_images(x_NCHW, sample_ids, kind=augmentation.kind, seed=augmentation.seed, view=view)
+
+
+def _per_channel(values_C: Sequence[float], like_NCHW: torch.Tensor) -> torch.Tensor:
+    sides = (-1, *[1] * (like_NCHW.ndim - 2))
+    return torch.tensor(values_C, dtype=torch.float32).view(sides).to(like_NCHW.device)
 
 
 def open_feed(
@@ -146,10 +188,11 @@ def open_feed(
     device: torch.device,
     part: Part = WHOLE,
     augmentation: Augmentation | None = None,
+    frozen: FrozenUnits | None = None,
 ) -> Feed:
-    """Opens one split, or a part of it, of an ingest or block manifest for reading."""
+    """Opens one split, or a part of it, of an ingest or block manifest for reading; `frozen` runs on every batch."""
     reader = ShardReader(store, manifest.shards[split], manifest.spec, batch_size=batch_size, part=part)
     # Only images carry statistics; activations are stored as the layers made them.
     facts = manifest.facts
     normalise = Normalise(facts["mean"], facts["std"]).to(device) if "mean" in facts else None
-    return Feed(reader, manifest.spec, device, normalise, augmentation)
+    return Feed(reader, manifest.spec, device, normalise, augmentation, frozen)

@@ -22,17 +22,20 @@ def ingest_images(task: PrepareTask) -> Iterator[Event]:
 def make_run_plan(task: PrepareTask) -> Iterator[Event]:
     """Profiles the model on this worker and plans its blocks; StageDone carries the plan as JSON."""
     from nf_pipeline.core.planner import make_plan
+    from nf_pipeline.storage.bandwidth import measure_for
     from nf_pipeline.worker.runtime import set_threads
 
     clock = ProgressClock()
     set_threads(task.num_threads)
     yield StageStarted(stage="plan", attempt=task.attempt, worker=worker_name())
-    facts = read_ingest(*open_run_store(task.config)).facts
+    store, layout = open_run_store(task.config)
+    facts = read_ingest(store, layout).facts
     plan = make_plan(
         task.config,
         image_shape=tuple(facts["image_shape"]),
         num_classes=facts["num_classes"],
         split_rows=facts["split_rows"],
         worker_memory_bytes=task.worker_memory_bytes,
+        rates=measure_for(task.config, store, layout.attempt_prefix("plan", task.attempt)),
     )
     yield StageDone(stage="plan", result=plan.to_json(), seconds=clock.seconds)

@@ -3,6 +3,7 @@
 A stage is named by where its generator function stands, so that the driver need not import what workers need.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nf_pipeline.config import RunConfig, fingerprint_of
@@ -72,9 +73,9 @@ class BlockTask:
         return round_epochs(self.config, self.round_idx)
 
     @property
-    def is_last_block(self) -> bool:
-        """Whether no block reads this one's activations."""
-        return self.block_idx == len(self.plan.blocks) - 1
+    def stores_activations(self) -> bool:
+        """Whether a later block reads this one's activations."""
+        return self.plan.stores(self.block_idx)
 
     @property
     def is_last_round(self) -> bool:
@@ -88,12 +89,14 @@ class AssembleTask:
 
     Attributes:
         config, plan: of the run.
+        num_blocks: that are trained, the first of the plan.
         attempt: id of this attempt.
         num_threads: CPU threads to compute with.
     """
 
     config: RunConfig
     plan: Plan
+    num_blocks: int
     attempt: str
     num_threads: int
 
@@ -111,6 +114,15 @@ def round_epochs(config: RunConfig, round_idx: int) -> tuple[int, int]:
         return 0, train.epochs
     first = round_idx * train.round_epochs
     return first, min(first + train.round_epochs, train.epochs)
+
+
+def chain_checksum(parts: Sequence[str]) -> str:
+    """Identifies what a block trains on.
+
+    Args:
+        parts: content checksums of its source (images or a block) and of every block after it that is run again.
+    """
+    return parts[0] if len(parts) == 1 else fingerprint_of(list(parts))
 
 
 def block_fingerprint(config: RunConfig, block: BlockPlan, round_idx: int, input_checksum: str) -> str:
@@ -131,3 +143,9 @@ def plan_fingerprint(config: RunConfig, input_checksum: str) -> str:
 def assemble_fingerprint(config: RunConfig, block_checksums: list[str]) -> str:
     """Identifies the final model: configuration and every block that went into it."""
     return fingerprint_of({"config": config.fingerprint, "blocks": block_checksums})
+
+
+def model_blocks(config: RunConfig, block_checksums: list[str], fingerprint: str) -> int | None:
+    """Returns how many of the first blocks went into the model with a fingerprint; None if it is of other work."""
+    counts = range(len(block_checksums), 0, -1)
+    return next((n for n in counts if assemble_fingerprint(config, block_checksums[:n]) == fingerprint), None)

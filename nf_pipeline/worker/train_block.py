@@ -8,6 +8,7 @@ who renders its events. Entry: `train_block`.
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -21,14 +22,16 @@ from nf_pipeline.errors import OutOfBudget, WorkerLost
 from nf_pipeline.events import EpochDone, Event, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.shards import ShardInfo
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 from nf_pipeline.storage.store import Store
 from nf_pipeline.units import format_bytes
-from nf_pipeline.worker.block_commit import commit_block, merge_parts
+from nf_pipeline.worker.block_commit import Made, commit_block, merge_parts
 from nf_pipeline.worker.block_input import BlockInput
 from nf_pipeline.worker.checkpoint import CheckpointRecord, restore, save_checkpoint
 from nf_pipeline.worker.data_parallel import Replicas
 from nf_pipeline.worker.evaluate import count_correct
+from nf_pipeline.worker.feed import Feed
+from nf_pipeline.worker.frozen_prefix import load_prefix
 from nf_pipeline.worker.loss_guard import LossGuard
 from nf_pipeline.worker.progress_clock import ProgressClock
 from nf_pipeline.worker.runtime import cap_device_memory, seed_everything, set_threads
@@ -92,20 +95,28 @@ class _Attempt:
         self.train_config = task.config.train
         self.input = BlockInput(store, layout, task)
         self.peak_lr = peak_learning_rate(self.train_config.lr, task.batch_size * task.gang.size)
-        self.units = [unit.to(device) for unit in _build_units(task)]
+        recomputed, units = units_of(task)
+        self.input.frozen = load_prefix(store, task, self.input.recomputed, recomputed, device)
+        self.units = [unit.to(device) for unit in units]
         replicas.convert(self.units)
         self.optimizers = [make_optimizer(unit, self.train_config, self.peak_lr) for unit in self.units]
         self.train_feed = self.input.open_train(task.batch_size, device)
+        self.stored_spec: TensorSpec | None = None
         self.record = self._restore()
         self.resumed_epochs = self.record.epoch
         self._check_same_state()
         self.meter = measure_peak(device)
-        self.meter.track(*self.units, *self.optimizers)
+        self.meter.track(*self.units, *self.optimizers, *([self.input.frozen] if self.input.frozen else []))
 
     @property
     def peak_bytes(self) -> int:
         """Largest measured so far, earlier attempts' epochs included."""
         return max(self.record.peak_bytes, self.meter.peak_bytes)
+
+    @cached_property
+    def val_feed(self) -> Feed:
+        """The validation split, of an input that is committed; opened once, so that its shards are hashed once."""
+        return self.input.open_val(self.task.batch_size, self.device)
 
     def started(self) -> StageStarted:
         """Tells who works on what."""
@@ -150,8 +161,8 @@ class _Attempt:
         yield done
 
     def write(self) -> Generator[Event, None, dict[str, list[ShardInfo]]]:
-        """Writes what the next block reads: the activations of train and val. The last block has no reader."""
-        if self.task.is_last_block:
+        """Writes what a later block reads: the activations of train and val; nothing where none does."""
+        if not self.task.stores_activations:
             return {}
         clock = ProgressClock()
         yield from self.input.wait_committed()
@@ -159,9 +170,12 @@ class _Attempt:
         self.replicas.barrier()  # every member's record is this attempt's before anybody reads
         yield writer.announce()
         batch_size, shards = self.task.batch_size, {}
+        yield from writer.calibrate(self.input.open_view(batch_size, self.device), self.replicas)
+        self.stored_spec = writer.spec
         shards["train"] = yield from writer.write("train", self.input.open_view(batch_size, self.device))
         writer.finish_publication()
-        shards["val"] = yield from writer.write("val", self.input.open_val(batch_size, self.device))
+        shards["val"] = yield from writer.write("val", self.val_feed)
+        yield from writer.clipped()
         self._check_budget()
         self.record = replace(self.record, write_s=self.record.write_s + clock.seconds)
         return shards
@@ -172,7 +186,8 @@ class _Attempt:
         shards = merge_parts(self.store, self.layout, self.task, shards, self.replicas)
         if self.task.gang.rank > 0:
             return {}
-        return commit_block(self.store, self.layout, self.task, self.units, self.record, self.input.manifest, shards)
+        made = Made(spec=self.stored_spec, shards=shards)
+        return commit_block(self.store, self.layout, self.task, self.units, self.record, self.input.checksum, made)
 
     def _train_batches(self, epoch: int, guard: LossGuard) -> Iterator[Progress]:
         feed, clock, num_images = self.train_feed, ProgressClock(), 0
@@ -205,10 +220,10 @@ class _Attempt:
 
     def _may_shuffle(self, epoch: int) -> bool:
         # Fresh activations are read in the order in which they are written; see block_input.
-        return self.task.block_idx == 0 or epoch > self.task.epochs[0]
+        return not self.input.is_fresh or epoch > self.task.epochs[0]
 
     def _validate(self, epoch: int) -> Generator[Progress, None, tuple[list[int], int]]:
-        feed, clock = self.input.open_val(self.task.batch_size, self.device), ProgressClock()
+        feed, clock = self.val_feed, ProgressClock()
         counting = count_correct(self.units, feed, self.train_config.precision, self.meter)
         while True:
             try:
@@ -260,7 +275,7 @@ class _Attempt:
     @property
     def _fingerprint(self) -> str:
         task = self.task
-        return block_fingerprint(task.config, task.block, task.round_idx, self.input.manifest.content_checksum)
+        return block_fingerprint(task.config, task.block, task.round_idx, self.input.checksum)
 
     def _restore(self) -> CheckpointRecord:
         # As long as its input is being written, nothing of this round can have been stored.
@@ -305,14 +320,18 @@ class _Attempt:
             )
 
 
-def _build_units(task: BlockTask) -> list[LocalUnit]:
+def units_of(task: BlockTask) -> tuple[list[LocalUnit], list[LocalUnit]]:
+    """Builds the units of the blocks that are run again, and those of the block itself."""
     plan, train = task.plan, task.config.train
     model = build_model(plan.model, image_shape=plan.image_shape, num_classes=plan.num_classes, seed=train.seed)
-    return build_units(
+    first, stop = task.block.units
+    begin = first if not task.block.recomputed else plan.blocks[task.block.source_block + 1].units[0]
+    built = build_units(
         cut(model, plan.image_shape),
         train.head,
-        train.unit_layers,
+        plan.spans,
         plan.num_classes,
         train.seed,
-        units=range(*task.block.units),
+        units=range(begin, stop),
     )
+    return built[: first - begin], built[first - begin :]

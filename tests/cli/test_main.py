@@ -9,7 +9,7 @@ import pytest
 
 COMMANDS = (
     *("plan", "train", "resume", "submit", "worker-resources"),
-    *("status", "evaluate", "predict", "export", "doctor", "verify", "gc"),
+    *("status", "evaluate", "predict", "export", "doctor", "verify", "gc", "bench"),
 )
 
 

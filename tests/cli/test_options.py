@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from nf_pipeline.cli.options import CONFIG_FLAGS, ConfigFlag, KeepPolicy, config_from, config_options
+from nf_pipeline.cli.options import CONFIG_FLAGS, ConfigFlag, KeepPolicy, StopPolicy, config_from, config_options
 from nf_pipeline.config import RunConfig, field_names
 from nf_pipeline.errors import ConfigError
 
@@ -30,6 +30,9 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "--seed": ("17", 17),
     "--device": ("cpu", "cpu"),
     "--keep": ("activations=last", "last"),
+    "--stop": ("patience=3", 3),
+    "--cache": ("recompute", "recompute"),
+    "--local": ("layer", "layer"),
 }
 
 
@@ -95,7 +98,7 @@ def test_choices_of_a_flag_are_those_of_its_field(flag: ConfigFlag) -> None:
 def test_default_in_help_is_the_field_default(flag: ConfigFlag) -> None:
     default = field_info(flag.field).default
     # None means that something follows from the rest of the configuration: the help says what, in words.
-    assert (flag.default == str(default)) if default is not None else flag.default
+    assert (flag.default in (str(default), f"patience={default}")) if default is not None else flag.default
 
 
 @pytest.mark.parametrize("flag", [flag for flag in CONFIG_FLAGS if not flag.default], ids=lambda flag: flag.name)
@@ -112,6 +115,17 @@ def test_policies_of_keep_are_those_of_the_field() -> None:
 def test_keep_of_another_form_says_which_it_wants(text: str) -> None:
     with pytest.raises(click.BadParameter, match="want activations=all or activations=last or activations=none"):
         KeepPolicy().convert(text, None, None)
+
+
+def test_stop_never_reaches_the_field_as_none() -> None:
+    assert parse("--memory-budget", "1GiB", "--stop", "never").exits.patience is None
+    assert parse("--memory-budget", "1GiB", "--set", "exits.patience=never").exits.patience is None
+
+
+@pytest.mark.parametrize("text", ["2", "patience", "patience=0", "patience=-1", "patience=soon", "always", ""])
+def test_stop_of_another_form_says_which_it_wants(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="want patience=N with N of 1 or more, or never"):
+        StopPolicy().convert(text, None, None)
 
 
 def test_flag_wins_over_set_and_set_over_file(tmp_path: Path) -> None:

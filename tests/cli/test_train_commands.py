@@ -17,7 +17,7 @@ from nf_pipeline.storage.sealed import unseal
 # Several blocks of the smallest model on few images: seconds on one core.
 SMALL = (
     *("--memory-budget", "4MiB", "--executor", "inline", "--device", "cpu", "--max-train-images", "300"),
-    *("--set", "train.unit_layers=2", "--set", "cluster.num_threads=1"),
+    *("--set", "train.unit_layers=2", "--set", "cluster.num_threads=1", "--stop", "never"),
 )
 EPOCH_LINE = re.compile(
     r"block 1/\d+ \| epoch \d+/\d+ \| loss \d+\.\d{3} \| val \d+\.\d % \| img/s [\d,]+ \| "

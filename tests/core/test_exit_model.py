@@ -1,11 +1,14 @@
 """The final model: built from a spec alone, takes pixels, and loads what another build stored."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from nf_pipeline.core.exit_model import ExitSpec, build_exit_model, build_first_units
+from nf_pipeline.core.exit_model import ExitSpec, build_exit_model
+from nf_pipeline.errors import ConfigError
 
-SPEC = ExitSpec(model="convnet", image_shape=(3, 16, 16), num_classes=7, head="adaptive", unit_layers=2, num_units=2)
+SPEC = ExitSpec(model="convnet", image_shape=(3, 16, 16), num_classes=7, head="adaptive", num_layers=4)
 MEAN, STD = (0.5, 0.25, 0.0), (0.5, 0.5, 1.0)
 
 
@@ -29,20 +32,12 @@ def test_exit_model_of_another_build_takes_its_weights() -> None:
     assert torch.equal(fresh(pixels_NCHW), trained(pixels_NCHW))
 
 
-@pytest.mark.parametrize(("num_units", "expected"), [(1, 1), (3, 3), (99, 3)])
-def test_no_more_units_are_built_than_the_model_has(num_units: int, expected: int) -> None:
-    spec = ExitSpec(
-        model="convnet",
-        image_shape=(3, 16, 16),
-        num_classes=7,
-        head="adaptive",
-        unit_layers=2,
-        num_units=num_units,
-    )
-    assert len(build_first_units(spec)) == expected
+def test_exit_at_the_last_layer_has_the_models_own_classifier() -> None:
+    whole = build_exit_model(replace(SPEC, num_layers=6), mean=MEAN, std=STD)
+    assert [name for name, _ in whole.head.named_children()] != ["conv", "bn", "relu", "pool", "flatten", "linear"]
+    assert len(whole.layers) == 6
 
 
-def test_first_units_have_seeded_weights() -> None:
-    first, again, other = (build_first_units(SPEC, seed=seed)[0].state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not all(torch.equal(first[name], other[name]) for name in first)
+def test_more_layers_than_the_model_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match="got 7, convnet has 6 layers"):
+        build_exit_model(replace(SPEC, num_layers=7), mean=MEAN, std=STD)

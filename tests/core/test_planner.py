@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core import planner
+from nf_pipeline.core.drafts import verified_batch
 from nf_pipeline.core.layers import cut
-from nf_pipeline.core.local_unit import build_units
+from nf_pipeline.core.local_unit import build_units, even_spans
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.partition import budget_for, effective_budget
-from nf_pipeline.core.planner import make_plan, verified_batch
+from nf_pipeline.core.planner import make_plan
 from nf_pipeline.core.profiler import StepProbe
 from nf_pipeline.errors import ConfigError, PlanError
 from nf_pipeline.plans import Plan
@@ -64,7 +65,7 @@ def test_predicted_peaks_are_verified_and_within_the_effective_budget(vgg_plan: 
     cfg = make_cfg("vgg11_bn", "64MiB")
     model = build_model("vgg11_bn", image_shape=(3, 32, 32), num_classes=10, seed=0)
     cut_model = cut(model, (3, 32, 32))
-    units = build_units(cut_model, "adaptive", 1, 10, 0)
+    units = build_units(cut_model, "adaptive", even_spans(8, 1), 10, 0)
     in_shapes = [(3, 32, 32), *cut_model.out_shapes]
     for block in vgg_plan.blocks:
         probe = StepProbe(

@@ -15,7 +15,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from nf_pipeline.config import TrainConfig
 from nf_pipeline.core import profiler
 from nf_pipeline.core.layers import cut
-from nf_pipeline.core.local_unit import LocalUnit, build_units, unit_ranges
+from nf_pipeline.core.layout import laid_out
+from nf_pipeline.core.local_unit import LocalUnit, build_units, even_spans
 from nf_pipeline.core.memory import LiveBytes
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.profiler import (
@@ -25,10 +26,11 @@ from nf_pipeline.core.profiler import (
     fit_line,
     forward_flops,
     probe_batch_sizes,
-    profile_units,
+    profile_unit,
 )
 from nf_pipeline.core.train_step import forward_block, make_optimizer, train_step
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.plans import UnitProfile, UnitSpan
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -47,21 +49,33 @@ def one_thread() -> Iterator[None]:
 @dataclass(frozen=True, kw_only=True)
 class Network:
     units: list[LocalUnit]
-    ranges: list[tuple[int, int]]
+    spans: list[UnitSpan]
     in_shapes: list[Shape]
 
 
-def make_network(name: str, unit_layers: int, image_size: int = 32) -> Network:
+def make_network(name: str, unit_layers: int, image_size: int = 32, segment_layers: int = 0) -> Network:
     image_shape = (3, image_size, image_size)
     model = build_model(name, image_shape=image_shape, num_classes=NUM_CLASSES, seed=0)
     cut_model = cut(model, image_shape)
-    ranges = unit_ranges(len(cut_model.layers), unit_layers)
+    spans = even_spans(len(cut_model.layers), unit_layers, segment_layers)
     starts: list[Shape] = [image_shape, *cut_model.out_shapes]
     return Network(
-        units=build_units(cut_model, "adaptive", unit_layers, NUM_CLASSES, 0),
-        ranges=ranges,
-        in_shapes=[starts[start] for start, _ in ranges],
+        units=build_units(cut_model, "adaptive", spans, NUM_CLASSES, 0),
+        spans=spans,
+        in_shapes=[starts[span.start] for span in spans],
     )
+
+
+def shapes_of(unit: LocalUnit, in_shape: Shape) -> tuple[Shape, Shape]:
+    with torch.no_grad():
+        return in_shape, tuple(copy.deepcopy(unit).eval().features(torch.zeros(2, *in_shape)).shape[1:])
+
+
+def profile_all(network: Network, cfg: TrainConfig, batch_sizes: list[int]) -> list[UnitProfile]:
+    return [
+        profile_unit(unit, span, shapes_of(unit, in_shape), train=cfg, device=CPU, batch_sizes=batch_sizes)
+        for unit, span, in_shape in zip(network.units, network.spans, network.in_shapes, strict=True)
+    ]
 
 
 def predict_peak(
@@ -86,31 +100,33 @@ def measure(units: Sequence[LocalUnit], in_shape: Shape, batch_size: int, cfg: T
     with meter:
         for _ in range(2):
             y_N = torch.zeros(batch_size, dtype=torch.int64)
-            train_step(units, optimizers, torch.randn(batch_size, *in_shape), y_N, cfg.precision)
+            train_step(units, optimizers, laid_out(torch.randn(batch_size, *in_shape)), y_N, cfg.precision)
             del y_N
         train_peak, resident = meter.peak_bytes, meter.current_bytes
         meter.reset_peak()
         for unit in units:
             unit.eval()
-        result = forward_block(units, torch.randn(batch_size, *in_shape), cfg.precision, with_heads=True)
+        result = forward_block(units, laid_out(torch.randn(batch_size, *in_shape)), cfg.precision, with_heads=True)
         del result
     return Measured(train_peak=train_peak, eval_peak=meter.peak_bytes, resident=resident)
 
 
 CASES = [
-    ("convnet", 1, "fp32", 16, 8),
-    ("convnet", 3, "bf16", 16, 32),
-    ("vgg11_bn", 3, "fp32", 32, 8),
-    ("resnet18", 3, "bf16", 16, 4),
+    ("convnet", 1, 0, "fp32", 16, 8),
+    ("convnet", 3, 0, "bf16", 16, 32),
+    ("convnet", 6, 2, "bf16", 16, 32),
+    ("vgg11_bn", 3, 0, "fp32", 32, 8),
+    ("vgg11_bn", 8, 1, "fp32", 32, 8),
+    ("resnet18", 3, 0, "bf16", 16, 4),
 ]
 
 
-@pytest.mark.parametrize(("name", "unit_layers", "precision", "image_size", "batch_size"), CASES)
+@pytest.mark.parametrize(("name", "unit_layers", "segment_layers", "precision", "image_size", "batch_size"), CASES)
 def test_predicted_peaks_equal_those_of_real_training(
-    name: str, unit_layers: int, precision: str, image_size: int, batch_size: int
+    name: str, unit_layers: int, segment_layers: int, precision: str, image_size: int, batch_size: int
 ) -> None:
     cfg = TrainConfig(precision=precision)
-    network = make_network(name, unit_layers, image_size)
+    network = make_network(name, unit_layers, image_size, segment_layers)
     middle = len(network.units) // 2
     for block in [slice(0, 1), slice(middle, middle + 1), slice(middle, middle + 2), slice(0, None)]:
         units, in_shape = network.units[block], network.in_shapes[block.start]
@@ -131,7 +147,7 @@ def memtracker_peak(units: Sequence[LocalUnit], in_shape: Shape, batch_size: int
         with tracker:
             for _ in range(2):
                 y_N = torch.zeros(batch_size, dtype=torch.int64)
-                train_step(units, optimizers, torch.zeros(batch_size, *in_shape), y_N, cfg.precision)
+                train_step(units, optimizers, laid_out(torch.zeros(batch_size, *in_shape)), y_N, cfg.precision)
                 tracker.reset_mod_stats()
     return tracker.get_tracker_snapshot("peak")[CPU]["Total"]
 
@@ -167,15 +183,8 @@ def test_resident_bytes_are_weights_buffers_and_momentum() -> None:
 def test_fitted_lines_lie_above_every_batch_and_touch_both_ends(name: str, unit_layers: int, precision: str) -> None:
     cfg = TrainConfig(precision=precision)
     network = make_network(name, unit_layers)
-    profiles = profile_units(
-        network.units,
-        network.ranges,
-        network.in_shapes,
-        train=cfg,
-        device=CPU,
-        batch_sizes=probe_batch_sizes(2, 128),
-    )
-    assert [(profile.start, profile.stop) for profile in profiles] == network.ranges
+    profiles = profile_all(network, cfg, probe_batch_sizes(2, 128))
+    assert [profile.span for profile in profiles] == network.spans
     for profile, unit, in_shape in zip(profiles, network.units, network.in_shapes, strict=True):
         probe = StepProbe([unit], in_shape, train=cfg, device=CPU)
         gaps = {size: profile.peak_bytes(size) - probe.peak_bytes(size) for size in (2, 9, 40, 128)}
@@ -187,29 +196,12 @@ def test_fitted_lines_lie_above_every_batch_and_touch_both_ends(name: str, unit_
 def test_a_block_takes_at_most_the_bytes_added_up_from_its_units() -> None:
     network = make_network("convnet", 1)
     cfg = TrainConfig()
-    profiles = profile_units(
-        network.units, network.ranges, network.in_shapes, train=cfg, device=CPU, batch_sizes=[2, 16, 64]
-    )
+    profiles = profile_all(network, cfg, [2, 16, 64])
     for start, stop in [(0, 2), (1, 4), (2, 6)]:
         exact = predict_peak(network.units[start:stop], network.in_shapes[start], 24, cfg)
         resident = sum(profile.resident_bytes for profile in profiles[start:stop])
         added_up = resident + max(unit.peak_bytes(24) - unit.resident_bytes for unit in profiles[start:stop])
         assert exact <= added_up <= 1.1 * exact
-
-
-def test_progress_counts_units_up_to_all() -> None:
-    network = make_network("convnet", 2, 16)
-    calls = []
-    profile_units(
-        network.units,
-        network.ranges,
-        network.in_shapes,
-        train=TrainConfig(),
-        device=CPU,
-        batch_sizes=[2, 4],
-        on_progress=lambda done, total: calls.append((done, total)),
-    )
-    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize("largest", [0, 1, 16])
@@ -301,7 +293,9 @@ def test_head_params_and_flops_are_those_of_the_head_alone() -> None:
     in_shape = network.in_shapes[0]
     out_NCHW, _ = unit(torch.zeros(2, *in_shape))
     features = out_NCHW[0].numel()
-    (profile,) = profile_units([unit], [(0, 6)], [in_shape], train=TrainConfig(), device=CPU, batch_sizes=[2, 8])
+    profile = profile_unit(
+        unit, UnitSpan(0, 6), shapes_of(unit, in_shape), train=TrainConfig(), device=CPU, batch_sizes=[2, 8]
+    )
     assert profile.head_params == count_params(unit.head) == features * 7 + 7
     assert profile.head_flops == 2 * features * 7
 

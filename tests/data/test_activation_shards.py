@@ -27,10 +27,12 @@ def trained(store_uri, dtype):
         "run": dtype,
         "storage.uri": store_uri,
         "storage.dtype": dtype,
-        "storage.shard_bytes": "256KiB",
+        "storage.shard_bytes": "64KiB",
         "memory.budget_bytes": "4MiB",
         "data.max_train_images": 300,
         "train.epochs": 1,
+        "train.unit_layers": 2,
+        "storage.cache": "shards",
         "cluster.executor": "inline",
         "cluster.num_threads": 1,
         "train.device": "cpu",
@@ -39,7 +41,7 @@ def trained(store_uri, dtype):
     return f"{store_uri}/{dtype}"
 
 
-@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+@pytest.fixture(scope="module", params=["float16", "bfloat16", "uint8"])
 def run(request, tmp_path_factory):
     """A run whose activations are stored in either type."""
     return trained(str(tmp_path_factory.mktemp("runs")), request.param)
@@ -54,6 +56,8 @@ def read_back(uri, split):
     rows = {}
     for batch in reader.batches(seed=0, epoch=0, shuffle=False):
         numbers = torch.from_numpy(batch.tensors).view(TORCH_DTYPES[manifest.spec.dtype]).float().numpy()
+        if manifest.spec.dtype == "uint8":
+            numbers = manifest.spec.affine.decode(batch.tensors.reshape(-1, *manifest.spec.shape))
         for sample_id, label, row in zip(batch.sample_ids, batch.labels, numbers, strict=True):
             rows[int(sample_id)] = (int(label), row.reshape(manifest.spec.shape))
     return rows

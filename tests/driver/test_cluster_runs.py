@@ -284,3 +284,18 @@ def test_status_of_a_running_run_is_read_from_the_store_alone(on_cluster: MakeCo
     (status,) = seen
     assert status["state"] == "running"
     assert {stage["stage"]: stage["state"] for stage in status["stages"]}["block-000"] == "running"
+
+
+def test_run_ends_early_on_a_cluster_where_it_ends_alone(on_cluster: MakeConfig, tmp_path: Path) -> None:
+    hopeless = {"memory__budget_bytes": "3MiB", "data__max_train_images": 200, "train__epochs": 1}
+    hopeless |= {"memory__join_threshold": 0.0, "train__lr": 1e-7, "exits__patience": 1}
+    alone = {"cluster__executor": "inline", "cluster__address": None, "storage__uri": str(tmp_path / "alone")}
+    wanted = train(on_cluster(**hopeless, **alone))
+    config = on_cluster(**hopeless)
+    summary = train(config)
+    assert summary["stopped_early"]
+    assert summary["stopped_after_block"] == wanted["stopped_after_block"]
+    assert summary["weights_checksum"] == wanted["weights_checksum"]
+    # The next block may have begun on what the last one was writing: that is no failure.
+    states = [stage["state"] for stage in read_status(f"{config.storage.uri}/{config.run}")["stages"]]
+    assert set(states) == {"done", "not needed"}

@@ -34,9 +34,8 @@ def curve_of_one_process(config: RunConfig, store: Store, plan: Plan) -> list[li
     block, settings = plan.blocks[0], config.train
     model = build_model(plan.model, image_shape=plan.image_shape, num_classes=plan.num_classes, seed=settings.seed)
     cut_model = cut(model, plan.image_shape)
-    units = build_units(
-        cut_model, settings.head, settings.unit_layers, plan.num_classes, settings.seed, units=range(*block.units)
-    )
+    which = range(*block.units)
+    units = build_units(cut_model, settings.head, plan.spans, plan.num_classes, settings.seed, units=which)
     peak_lr = peak_learning_rate(settings.lr, block.batch_size * GANG)
     optimizers = [make_optimizer(unit, settings, peak_lr) for unit in units]
     curve, step = [], 0

@@ -14,6 +14,7 @@ import pytest
 from nf_pipeline.driver.gc import clear_run
 from nf_pipeline.driver.retention import Retention
 from nf_pipeline.errors import AlreadyExists
+from nf_pipeline.plans import BlockPlan, Plan
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.local import LocalStore
 from nf_pipeline.storage.manifest import (
@@ -31,6 +32,30 @@ from nf_pipeline.worker.checkpoint_record import CheckpointRecord, read_record
 
 LAYOUT = RunLayout("run")
 NUM_BLOCKS = 4
+PLAN = Plan(
+    model="convnet",
+    num_classes=10,
+    image_shape=(1, 8, 8),
+    budget_bytes=1,
+    layers=(),
+    units=(),
+    blocks=tuple(
+        BlockPlan(
+            block_idx=idx,
+            units=(idx, idx + 1),
+            layers=(idx, idx + 1),
+            batch_size=2,
+            budget_bytes=1,
+            predicted_peak_bytes=1,
+            shard_bytes=1,
+            reason="",
+        )
+        for idx in range(NUM_BLOCKS)
+    ),
+    params_full=1,
+    flops_full=1,
+    profile_s=0.0,
+)
 NUM_HISTORIES = 15
 STEPS = 40
 
@@ -84,7 +109,7 @@ class History:
             self._live(act)
         for block_idx in range(NUM_BLOCKS):
             self._retention().block_done(block_idx)
-        self._retention().run_done()
+        self._retention().run_done(NUM_BLOCKS)
 
     def ingest(self) -> None:
         attempt = self._attempt()
@@ -115,7 +140,7 @@ class History:
         if read_manifest(self.store, LAYOUT.block_manifest(NUM_BLOCKS - 1)) is None:
             return
         self._commit(LAYOUT.model_manifest, "model", self._attempt(), [], LAYOUT.model_weights)
-        self._retention().run_done()
+        self._retention().run_done(NUM_BLOCKS)
 
     def collect(self) -> None:
         clear_run(self.store, LAYOUT, is_idle=self.draw.random() < 0.7, dry_run=False)
@@ -166,7 +191,7 @@ class History:
         return f"{self.num_attempts:08x}"
 
     def _retention(self) -> Retention:
-        return Retention(self.store, LAYOUT, self.keep, NUM_BLOCKS)
+        return Retention(self.store, LAYOUT, self.keep, PLAN)
 
     def _checkpoints(self, prefix: str) -> None:
         for epoch in range(self.draw.randrange(3)):

@@ -82,3 +82,36 @@ def test_every_order_of_events_ends_and_never_reads_what_is_missing_or_stores_to
         for block_idx, count in enumerate(plan.done[:-1]):
             kept = [r for r in range(count) if Round(block_idx, r) not in plan.retired()]
             assert len(kept) <= MAX_ROUNDS_AHEAD + 1
+
+
+def test_blocks_that_a_run_ends_without_neither_start_nor_go_on() -> None:
+    plan = schedule([0, 0, 0], 1, overlap=True)
+    plan.start(Round(0, 0))
+    plan.publish(Round(0, 0))
+    plan.start(Round(1, 0))
+    plan.finish(Round(0, 0))
+    assert plan.has_input(Round(1, 0))
+    plan.end_after(1)
+    assert plan.is_finished
+    assert plan.ready() == []
+    assert not plan.has_input(Round(1, 0))
+
+
+def test_block_that_runs_others_again_waits_for_the_commits_of_all_of_them() -> None:
+    plan = RoundSchedule([1, 0, 0], 1, overlap=True, sources=[-1, 0, 0])
+    first, second = Round(1, 0), Round(2, 0)
+    assert plan.ready() == [first]
+    plan.start(first)
+    plan.publish(first)
+    assert not plan.has_input(second), "shards that are being written are not its input, and weights are missing"
+    plan.finish(first)
+    assert plan.ready() == [second]
+
+
+def test_block_that_reads_the_images_may_start_once_the_blocks_before_it_are_trained() -> None:
+    plan = RoundSchedule([0, 0], 1, overlap=True, sources=[-1, -1])
+    assert plan.ready() == [Round(0, 0)]
+    plan.start(Round(0, 0))
+    assert plan.ready() == []
+    plan.finish(Round(0, 0))
+    assert plan.ready() == [Round(1, 0)]

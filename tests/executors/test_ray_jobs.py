@@ -27,7 +27,7 @@ pytestmark = pytest.mark.ray
 START_TIMEOUT_S = 120
 SMALL = (
     *("--memory-budget", "4MiB", "--device", "cpu", "--max-train-images", "400"),
-    *("--set", "train.unit_layers=2", "--set", "cluster.num_threads=1"),
+    *("--set", "train.unit_layers=2", "--set", "cluster.num_threads=1", "--stop", "never"),
 )
 FACTORY = """
 import os

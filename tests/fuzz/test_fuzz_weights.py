@@ -17,7 +17,7 @@ from nf_pipeline.model_files import ModelCard
 
 CARD: dict[str, Any] = {
     "model": "convnet", "image_shape": [1, 8, 8], "num_classes": 2, "class_names": ["a", "b"], "head": "adaptive",
-    "unit_layers": 2, "num_units": 1, "mean": [0.5], "std": [0.25], "exit_layer_idx": 1, "exit_layer": "conv1",
+    "num_layers": 2, "mean": [0.5], "std": [0.25], "exit_layer_idx": 1, "exit_layer": "conv1",
     "val_accuracy": 0.5, "test_accuracy": None, "params": 10, "params_full": 20, "memory_budget_bytes": 1000,
     "weights_checksum": "sha256:0", "format_version": 1,
 }  # fmt: skip

@@ -8,6 +8,7 @@ from nf_pipeline.config import RunConfig, resolve_config
 SMALLEST = {
     "memory.budget_bytes": "4MiB",
     "train.epochs": 1,
+    "exits.patience": "never",
     "cluster.executor": "inline",
     "cluster.num_threads": 1,
     "train.device": "cpu",

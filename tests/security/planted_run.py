@@ -22,7 +22,7 @@ from nf_pipeline.storage.store import open_store
 TIMEOUT_S = 180
 SMALL = (
     *("--memory-budget", "4MiB", "--device", "cpu", "--max-train-images", "200", "--epochs", "1"),
-    *("--set", "train.unit_layers=2", "--set", "cluster.num_threads=1"),
+    *("--set", "train.unit_layers=2", "--set", "cluster.num_threads=1", "--stop", "never"),
 )
 
 # Of tools that have nothing to do with a run: no reason to ever read them, and Ray's processes inherit them.

@@ -1,9 +1,11 @@
 """Batches: every row once, the same whatever the timing, bounded memory, and a clean end."""
 
+import subprocess
+import sys
 import threading
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from nf_pipeline.errors import InputReplaced, ObjectCorrupt, ObjectMissing, StorageError
 from nf_pipeline.storage import reader as reader_module
+from nf_pipeline.storage import shards as shards_module
 from nf_pipeline.storage.local import LocalStore
 from nf_pipeline.storage.parts import Part, divide_rows, part_rows
 from nf_pipeline.storage.reader import ShardReader
@@ -95,6 +98,17 @@ def read_all(reader, **options):
 
 def ids_of(batches):
     return [batch.sample_ids.tolist() for batch in batches]
+
+
+def sorted_ids(batches):
+    return sorted(sample_id for ids in ids_of(batches) for sample_id in ids)
+
+
+def wait_until(is_true):
+    deadline = time.monotonic() + 30
+    while not is_true() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert is_true()
 
 
 def live_reader_threads():
@@ -200,8 +214,8 @@ def test_at_most_two_windows_are_alive(write, monkeypatch):
     lock, alive, most = threading.Lock(), set(), []
     real = reader_module.read_shard
 
-    def counted(*args):
-        shard = real(*args)
+    def counted(*args, **options):
+        shard = real(*args, **options)
         with lock:
             alive.add(id(shard))
             weakref.finalize(shard, alive.discard, id(shard))
@@ -211,9 +225,9 @@ def test_at_most_two_windows_are_alive(write, monkeypatch):
     at_next_fetch = []
     real_fetch = ShardReader._fetch
 
-    def fetch(self, pool, window):
+    def fetch(self, *args):
         at_next_fetch.append(len(alive))
-        return real_fetch(self, pool, window)
+        return real_fetch(self, *args)
 
     monkeypatch.setattr(reader_module, "read_shard", counted)
     monkeypatch.setattr(ShardReader, "_fetch", fetch)
@@ -251,7 +265,7 @@ def test_batches_own_aligned_writable_memory(write):
 def test_next_window_is_fetched_while_the_first_is_consumed(write):
     written = write(80, rows_per_shard=10)
     store = SlowStore(written.store.uri)
-    reader = ShardReader(store, written.shards, written.spec, batch_size=10, window_shards=2)
+    reader = ShardReader(store, written.shards, written.spec, batch_size=2, window_shards=2)
     batches = reader.batches(seed=0, epoch=0, shuffle=True)
     next(batches)
     deadline = time.monotonic() + 30
@@ -259,6 +273,73 @@ def test_next_window_is_fetched_while_the_first_is_consumed(write):
         time.sleep(0.001)
     assert len(store.reads) == 4
     batches.close()
+
+
+def test_batches_are_gathered_ahead_of_the_consumer_and_no_further(write, monkeypatch):
+    written, finished = write(200), []
+    real = reader_module._BatchFiller._finish
+    monkeypatch.setattr(reader_module._BatchFiller, "_finish", lambda self: finished.append(1) or real(self))
+    batches = open_reader(written, batch_size=5).batches(seed=0, epoch=0, shuffle=True)
+    for num_taken in (1, 2, 3):
+        next(batches)
+        wait_until(lambda want=num_taken + reader_module.BATCHES_AHEAD: len(finished) == want)
+    time.sleep(0.05)
+    assert len(finished) == 3 + reader_module.BATCHES_AHEAD
+    batches.close()
+
+
+def test_gathering_counts_as_waiting_when_the_consumer_has_to_wait_for_it(write, monkeypatch):
+    real = reader_module._BatchFiller._take
+    monkeypatch.setattr(reader_module._BatchFiller, "_take", lambda *args: time.sleep(0.02) or real(*args))
+    reader = open_reader(write(100), batch_size=10)
+    read_all(reader)
+    assert reader.wait_s > 0.1
+
+
+def test_checksums_are_compared_once_and_form_and_size_every_time(write, monkeypatch):
+    written = write(40)
+    hashed = []
+    real = shards_module.checksum_of
+    monkeypatch.setattr(shards_module, "checksum_of", lambda data: hashed.append(len(data)) or real(data))
+    reader = open_reader(written)
+    first, second = read_all(reader, epoch=0), read_all(reader, epoch=1)
+    assert len(hashed) == len(written.shards)
+    assert sorted_ids(first) == sorted_ids(second)
+    cut = written.store.get(written.shards[0].key)[:-1]
+    written.store.put(written.shards[0].key, bytes(cut))
+    with pytest.raises(ObjectCorrupt, match="bytes: got"):
+        read_all(reader, epoch=2)
+    with pytest.raises(ObjectCorrupt):
+        read_all(open_reader(written), epoch=2)
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_shards_of_several_row_groups_give_every_row_in_every_epoch(write, monkeypatch, codec):
+    monkeypatch.setattr(shards_module, "ROW_GROUP_BYTES", 40 * 7)  # of samples of 24 bytes and two numbers
+    written = write(61, rows_per_shard=30, codec=codec)
+    reader = open_reader(written, batch_size=9, part=Part(index=1, count=2))
+    wanted = sorted(written.sample_ids[30:].tolist())
+    for epoch in range(2):
+        batches = read_all(reader, epoch=epoch)
+        assert sorted_ids(batches) == wanted
+        for batch, chosen in zip(batches, rows_of(written, batches), strict=True):
+            assert np.array_equal(batch.tensors, written.tensors[chosen])
+
+
+def test_an_abandoned_epoch_does_not_keep_the_process_alive(write):
+    written = write(100)
+    program = f"""
+import sys
+from nf_pipeline.storage.reader import ShardReader
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec
+from nf_pipeline.storage.store import open_store
+shards = [ShardInfo(**shard) for shard in {[asdict(shard) for shard in written.shards]}]
+reader = ShardReader(open_store({written.store.uri!r}), shards, TensorSpec("float16", (3, 4)), batch_size=5)
+sys.kept = reader.batches(seed=0, epoch=0, shuffle=True)
+next(sys.kept)
+raise SystemExit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 7
 
 
 def test_waiting_for_data_is_counted(write):
@@ -405,8 +486,8 @@ def test_shards_cut_at_the_border_of_a_part_are_views(write, monkeypatch):
     decoded, filled = [], []
     real_read, real_fill = reader_module.read_shard, reader_module._BatchFiller.fill
 
-    def read(*args):
-        decoded.append(real_read(*args))
+    def read(*args, **options):
+        decoded.append(real_read(*args, **options))
         return decoded[-1]
 
     def fill(self, window, rows):

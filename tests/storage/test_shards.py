@@ -11,7 +11,7 @@ import pytest
 from nf_pipeline.errors import ConfigError, InternalError, ObjectCorrupt, ObjectMissing, StorageError
 from nf_pipeline.storage import shards as shards_module
 from nf_pipeline.storage.local import LocalStore
-from nf_pipeline.storage.shards import ShardWriter, TensorSpec, read_shard, spec_of_field
+from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec, read_shard, spec_of_field
 from nf_pipeline.storage.store import checksum_of, open_store
 
 
@@ -151,6 +151,48 @@ def test_tensors_are_a_view_of_the_decoded_buffer(write):
     assert not shard.tensors.flags.owndata
     assert shard.tensors.flags.c_contiguous
     assert np.array_equal(shard.tensors, written.tensors)
+
+
+@pytest.mark.parametrize(
+    ("codec", "nbytes", "is_plain"), [("none", 65536, True), ("none", 24, True), ("zstd", 24, False)]
+)
+def test_rows_are_taken_out_of_the_file_where_no_codec_has_changed_them(store, codec, nbytes, is_plain):
+    spec = TensorSpec("uint8", (nbytes,), codec)
+    num_rows = max(300, 2**20 // nbytes)
+    tensors, labels, sample_ids = rows_of(spec, num_rows)
+    with ShardWriter(store, shard_key, spec, num_rows * nbytes) as writer:
+        writer.append(tensors, labels, sample_ids)
+    data = store.view(shard_key(0))
+    store.view = lambda key: data
+    shard = read_shard(store, writer.close()[0], spec, is_verified=True)
+    flat = np.frombuffer(data, np.uint8)
+    assert all(np.shares_memory(piece, flat) == is_plain for piece in shard.pieces)
+    assert np.array_equal(np.concatenate(shard.pieces), tensors)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data_page_size": 64},
+        {"use_dictionary": True},
+        {"data_page_version": "2.0"},
+        {"use_dictionary": False, "column_encoding": {"tensor": "BYTE_STREAM_SPLIT"}},
+        {"row_group_size": 7},
+    ],
+)
+def test_shards_that_other_writers_laid_out_otherwise_read_the_same(store, options):
+    spec = TensorSpec("uint8", (8,))
+    tensors, labels, sample_ids = rows_of(spec, 5000)
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8), 5000, [None, pa.py_buffer(tensors)])
+    table = pa.table([column, pa.array(sample_ids), pa.array(labels)], schema=shards_module.shard_schema(spec))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **{"compression": "none", "write_batch_size": 16, **options})
+    data = sink.getvalue().to_pybytes()
+    store.put("x/other", data)
+    info = ShardInfo(key="x/other", num_bytes=len(data), num_rows=5000, checksum=checksum_of(data))
+    shard = read_shard(store, info, spec)
+    assert np.array_equal(shard.tensors, tensors)
+    assert np.array_equal(shard.labels, labels)
 
 
 def test_exception_in_the_with_block_uploads_nothing_more(tmp_path):

@@ -1,0 +1,181 @@
+"""Measures how long the parts of a network take: real steps of single layers and heads, on the training device.
+
+A plan's time is the sum of its parts' (`nf_pipeline.core.prediction`), so that a few seconds of measuring price every
+way to form units. A part is measured at the batch sizes of `GRID` around the one that is asked for, and read off the
+line between them: small batches cost more per sample, and by how much is what decides between plans.
+
+Knows nothing of units, blocks and budgets. Entry class: `StepTimer`.
+"""
+
+import copy
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from nf_pipeline.config import TrainConfig
+from nf_pipeline.core.layout import laid_out
+from nf_pipeline.core.train_step import autocast, make_optimizer
+from nf_pipeline.core.user_code import user_code
+
+GRID = (2, 8, 32, 128)
+
+TIMING_S = 2.0
+"""Seconds that measuring a whole network takes, about: what all parts at all sizes share."""
+
+ONCE_S = 0.5
+"""Seconds that a single run may take; larger batches are read off smaller ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A module that is timed by itself.
+
+    Attributes:
+        module: on the CPU; left as it is.
+        in_shape: of one sample.
+        largest_batch: that memory allows.
+        is_first: no gradient flows to its input.
+    """
+
+    module: nn.Module
+    in_shape: tuple[int, ...]
+    largest_batch: int
+    is_first: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """What one batch takes.
+
+    Attributes:
+        step: forward, backward and optimiser step.
+        forward: inference alone.
+    """
+
+    step: float
+    forward: float
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(step=self.step + other.step, forward=self.forward + other.forward)
+
+    def scaled(self, factor: float) -> "Seconds":
+        """Returns so many times as much."""
+        return Seconds(step=self.step * factor, forward=self.forward * factor)
+
+
+class StepTimer:
+    """Seconds of parts at any batch size; each is measured once, when it is first asked for.
+
+    Args:
+        make_part: makes a part by its number, when it is first timed.
+        num_parts: that may be asked for.
+        train: optimiser and precision.
+        device: on which it is measured.
+    """
+
+    def __init__(
+        self, make_part: Callable[[int], Part], num_parts: int, *, train: TrainConfig, device: torch.device
+    ) -> None:
+        self._part = functools.cache(make_part)
+        self._train = train
+        self._device = device
+        self._limit_s = TIMING_S / (2 * len(GRID) * num_parts)  # training and inference
+        self._measured: list[dict[int, Seconds]] = [{} for _ in range(num_parts)]
+
+    def seconds(self, part_idx: int, batch_size: int) -> Seconds:
+        """Returns what a batch takes a part, from the batch sizes around it that memory and time allow to measure."""
+        measured = self._measured[part_idx]
+        for size in GRID:
+            if size not in measured and self._is_measurable(part_idx, size):
+                measured[size] = self._measure(self._part(part_idx), size)
+            if size >= batch_size:
+                break
+        return _interpolate(measured, batch_size)
+
+    def _is_measurable(self, part_idx: int, size: int) -> bool:
+        measured = self._measured[part_idx]
+        if not measured:
+            return True
+        largest = max(measured)
+        expected_s = measured[largest].step * size / largest
+        return size <= self._part(part_idx).largest_batch and largest < size and expected_s <= ONCE_S
+
+    def _measure(self, part: Part, size: int) -> Seconds:
+        with user_code(f"model: a training step of batch {size} fails", "change the model"):
+            return self._time(part, size)
+
+    def _time(self, part: Part, size: int) -> Seconds:
+        timed = _TimedPart(part, size, self._train, self._device)
+        return Seconds(step=self._fastest(timed.step), forward=self._fastest(timed.forward))
+
+    def _fastest(self, work: Callable[[], None]) -> float:
+        """Returns the shortest of some runs: whatever else the machine does only adds."""
+        fastest, spent = float("inf"), 0.0
+        while spent < self._limit_s:
+            self._wait()
+            began = time.perf_counter()
+            work()
+            self._wait()
+            took = time.perf_counter() - began
+            fastest, spent = min(fastest, took), spent + took
+        return fastest
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class _TimedPart:
+    """A copy of a part that takes steps on one batch of noise; its weights stay as they are."""
+
+    def __init__(self, part: Part, size: int, train: TrainConfig, device: torch.device) -> None:
+        self._module = copy.deepcopy(part.module).to(device)
+        self._mode = partial(autocast, device, train.precision)
+        self._x_N = laid_out(torch.randn(size, *part.in_shape, device=device)).requires_grad_(not part.is_first)
+        self._copies_input = False
+        with torch.no_grad(), self._mode():
+            self._g_N = torch.ones_like(self._module.eval()(self._x_N.clone()))
+        trains = any(weight.requires_grad for weight in self._module.parameters())
+        self._optimizer = make_optimizer(self._module, train, 0.0) if trains else None
+        self._warm_up()
+
+    def step(self) -> None:
+        """Forward, backward, optimiser."""
+        self._module.train()
+        with self._mode():
+            out_N = self._module(self._x_N.clone() if self._copies_input else self._x_N)
+        if out_N.requires_grad:
+            out_N.backward(self._g_N)
+        if self._optimizer is not None:
+            self._optimizer.step()
+        self._module.zero_grad(set_to_none=True)
+        self._x_N.grad = None
+
+    def forward(self) -> None:
+        """Inference."""
+        self._module.eval()
+        with torch.no_grad(), self._mode():
+            self._module(self._x_N)
+
+    def _warm_up(self) -> None:
+        """Takes a first step, which does what no other has to: chooses kernels, makes momentum."""
+        try:
+            self.step()
+        except RuntimeError:
+            self._copies_input = True  # it begins with an operation in place, which autograd forbids on a leaf
+            self.step()
+
+
+def _interpolate(measured: dict[int, Seconds], batch_size: int) -> Seconds:
+    """Reads off the line between two measured sizes; beyond them every sample takes as long as there."""
+    low = max((size for size in measured if size <= batch_size), default=min(measured))
+    high = min((size for size in measured if size >= batch_size), default=low)
+    if low == high:
+        return measured[low].scaled(batch_size / low)
+    share = (batch_size - low) / (high - low)
+    return measured[low].scaled(1 - share) + measured[high].scaled(share)

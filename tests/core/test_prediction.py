@@ -1,0 +1,98 @@
+"""Seconds of plans: measured where memory and time allow, added up as the worker spends them."""
+
+import pytest
+import torch
+from torch import nn
+
+from nf_pipeline.config import RunConfig, TrainConfig
+from nf_pipeline.core import timing
+from nf_pipeline.core.prediction import TimeModel
+from nf_pipeline.core.timing import Part, Seconds, StepTimer
+from nf_pipeline.plans import UnitSpan
+
+CPU = torch.device("cpu")
+
+
+class Table:
+    """Layers take 1, 2, 3, ... seconds a step and a tenth of that forward; heads 100 and 10; whatever the batch."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+
+    def seconds(self, part_idx: int, batch_size: int) -> Seconds:
+        if part_idx >= self.num_layers:
+            return Seconds(step=100.0, forward=10.0)
+        return Seconds(step=part_idx + 1.0, forward=(part_idx + 1.0) / 10)
+
+
+def times(**train: object) -> TimeModel:
+    cfg = RunConfig.model_validate({"memory": {"budget_bytes": 1}, "train": {"epochs": 2, **train}})
+    return TimeModel(cfg, Table(4), 4, {"train": 40, "val": 20})
+
+
+def test_step_of_a_unit_is_its_layers_and_its_head() -> None:
+    assert times().step_s(UnitSpan(1, 3), 10) == pytest.approx(2 + 3 + 100)
+
+
+@pytest.mark.parametrize(("segment", "again"), [(1, 0.1 + 0.2 + 0.3), (2, 0.1 + 0.2), (3, 0.1 + 0.2 + 0.3), (4, 0.0)])
+def test_checkpointing_adds_a_forward_pass_of_all_segments_but_the_last(segment: int, again: float) -> None:
+    assert times().step_s(UnitSpan(0, 4, segment), 10) == pytest.approx(10 + 100 + again)
+
+
+def test_block_trains_for_all_epochs_and_validates_after_each() -> None:
+    step, validation = 2 + 100, 0.2 + 10
+    assert times().train_s([UnitSpan(1, 2)], 10) == pytest.approx(2 * (4 * step + 2 * validation))
+    assert times(workers_per_block=2).train_s([UnitSpan(1, 2)], 10) == pytest.approx(2 * (2 * step + validation))
+
+
+def test_caching_needs_no_heads() -> None:
+    assert times().forward_s_per_sample([UnitSpan(0, 2), UnitSpan(2, 3)], 10) == pytest.approx(0.06)
+
+
+def timer_of(largest_batch: int = 128, module: nn.Module | None = None) -> StepTimer:
+    part = Part(module=module or nn.Conv2d(3, 8, 3), in_shape=(3, 16, 16), largest_batch=largest_batch)
+    return StepTimer(lambda _: part, 1, train=TrainConfig(), device=CPU)
+
+
+def test_measured_seconds_are_positive_and_training_takes_longer_than_inference() -> None:
+    seconds = timer_of(module=nn.Conv2d(3, 64, 3)).seconds(0, 32)
+    assert 0 < seconds.forward < seconds.step < 10
+
+
+def test_between_two_sizes_seconds_lie_on_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = timer_of()
+    monkeypatch.setattr(timer, "_measure", lambda _, size: Seconds(step=(8 + size) / 1e3, forward=size / 1e3))
+    assert timer.seconds(0, 20).step == pytest.approx(0.028)
+    assert timer.seconds(0, 20).forward == pytest.approx(0.020)
+    assert timer.seconds(0, 8).step == pytest.approx(0.016)
+    assert timer.seconds(0, 256).step == pytest.approx(0.272)  # as fast per sample as at 128
+
+
+def test_nothing_larger_than_memory_allows_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer, sizes = timer_of(largest_batch=8), []
+    monkeypatch.setattr(timer, "_measure", lambda _, size: sizes.append(size) or Seconds(step=1e-3, forward=0.0))
+    timer.seconds(0, 128)
+    assert sizes == [2, 8]
+
+
+def test_nothing_that_would_take_long_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer, sizes = timer_of(), []
+    monkeypatch.setattr(timer, "_measure", lambda _, size: sizes.append(size) or Seconds(step=size / 20, forward=0.0))
+    timer.seconds(0, 128)
+    assert sizes == [2, 8]  # 32 samples would take 1.6 s
+
+
+def test_weights_that_are_timed_stay_as_they_are() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    timer_of(module=module).seconds(0, 8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(inplace=True), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1))])
+def test_layer_that_begins_in_place_or_has_no_weights_is_timed(module: nn.Module) -> None:
+    assert timer_of(module=module).seconds(0, 2).step > 0
+
+
+def test_grid_is_ascending() -> None:
+    assert list(timing.GRID) == sorted(set(timing.GRID))
