@@ -5,7 +5,11 @@
 # make test-slow   larger loads: networks of 200 layers, 10,000 classes, memory at 16 times the data
 # make soak        faults at random times for SOAK_MINUTES (10); SOAK_SEED repeats them
 # make fuzz        much more bad input than `make test` tries: FUZZ_SECONDS (120) for each decoder, then properties
-# make lint        style and formatting              make bench      block-by-block beside backpropagation
+# make lint        style and formatting
+# make bench       this project beside backpropagation at several budgets: a quarter of an hour on two cores, for
+#                  DATA=PATH with CIFAR-10 in any form that train reads; results in workflows/benchmarks/results/
+# make bench-gpu   the same with VGG-16, VGG-19 and ResNet-18 at 100 to 500 MiB of a GPU, full schedules; it ends
+#                  after BENCH_SECONDS (540): run it again and again, each call goes on where the last one ended
 # make clean       remove .venv and caches (runs in nf-runs/ stay)
 #
 # Variables:
@@ -13,6 +17,8 @@
 #   VENV          where the virtual environment goes
 #   TORCH         what pip installs first, when torch is not there yet. PyPI's Linux wheels carry CUDA
 #                 (about 5 GB installed); for a CPU build: TORCH='torch torchvision --index-url URL'
+#   DATA          images of the benchmarks
+#   TEST_PROCESSES  processes for the tests that can run side by side
 #   PYTEST_FLAGS, DEMO_FLAGS, BENCH_FLAGS   appended to the commands
 
 PYTHON ?= python3
@@ -21,13 +27,19 @@ TORCH ?= torch torchvision
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
+BENCH_SECONDS ?= 540
+DATA ?= torchvision:CIFAR10:data
 FUZZ_SECONDS ?= 120
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+BENCH_OUTPUT := 'workflows/benchmarks/results/{device}'
 DEMO_STORE := nf-runs
 DEMO_DATA := nf_pipeline/data/digits.parquet
 DEMO_OUTPUT := $(DEMO_STORE)/demo-predictions.parquet
+
+QUICK := not gpu and not slow and not soak
 
 # Stamps: newer than pyproject.toml means that its dependencies are installed.
 INSTALLED := $(VENV)/.installed
@@ -35,7 +47,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu test-faults test-slow soak fuzz lint format bench clean
+.PHONY: help demo test test-gpu test-faults test-slow soak fuzz lint format bench bench-gpu clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Stamps/,$$d'
@@ -62,8 +74,10 @@ demo: $(INSTALLED)
 	@$(BIN)/python -c 'import pyarrow.parquet as pq; \
 		[print(row) for row in pq.read_table("$(DEMO_OUTPUT)").slice(0, 5).to_pylist()]'
 
+# What starts no cluster and no server runs in parallel; a thread each, since their tensors are tiny.
 test: $(INSTALLED_TEST)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m '$(QUICK) and not (ray or s3)' $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m '$(QUICK) and (ray or s3)' $(PYTEST_FLAGS)
 
 test-gpu: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
@@ -91,8 +105,17 @@ format: $(INSTALLED_TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Without matplotlib the tables are made all the same, and without a network there may be none.
 bench: $(INSTALLED)
-	$(BIN)/python workflows/benchmarks/compare.py $(BENCH_FLAGS)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) --editable '.[bench]' || true
+	$(BIN)/nf-pipeline bench --data $(DATA) --models nf_pipeline.bench.networks:narrow_vgg16 \
+		--max-train-images 2000 --val-fraction 0.2 --epochs 5 --search-epochs 1 --search-tries 3 \
+		--output $(BENCH_OUTPUT) --work $(DEMO_STORE)/bench $(BENCH_FLAGS)
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/nf-pipeline bench --device cuda --data $(DATA) --models vgg16_bn,vgg19_bn,resnet18 \
+		--budgets 100MiB,200MiB,300MiB,400MiB,500MiB --epochs 50 --augment crop_flip --search-epochs 3 \
+		--output $(BENCH_OUTPUT) --work $(DEMO_STORE)/bench-gpu --time-limit $(BENCH_SECONDS) $(BENCH_FLAGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis nf_pipeline.egg-info build dist

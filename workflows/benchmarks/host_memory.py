@@ -191,7 +191,7 @@ def _task(process: str, config: RunConfig, folder: Path) -> tuple[str, Any]:
         return INGEST_STAGE if process == "ingest" else PLAN_STAGE, PrepareTask(**shared)
     plan = _read_plan(folder)
     if process == "model":
-        return MODEL_STAGE, AssembleTask(plan=plan, **shared)
+        return MODEL_STAGE, AssembleTask(plan=plan, num_blocks=len(plan.blocks), **shared)
     block = plan.blocks[int(process.removeprefix("block-"))]
     task = BlockTask(plan=plan, block_idx=block.block_idx, batch_size=block.batch_size, num_attempts=1, **shared)
     return BLOCK_STAGE, task

@@ -1,0 +1,68 @@
+"""The ways to train that are compared: one table, name -> method.
+
+Knows nothing of torch. Entry: `METHODS`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nf_pipeline.errors import ConfigError
+
+REFERENCE_BATCH = 128
+"""Samples per optimiser step of methods that accumulate gradients; the batch that learning rates are meant for."""
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train under a budget.
+
+    Attributes:
+        title: for tables and plots.
+        family: backpropagation through the whole network; DGL: a classic head of 256 filters on every layer, all
+            layers trained on every batch, no gradient between them; or this project's pipeline.
+        checkpointing: keep what enters each segment of layers and compute the rest again.
+        micro_batch: accumulate gradients up to `REFERENCE_BATCH` over batches that fit.
+        precision: of forward and backward passes.
+        changes: of the pipeline's configuration, by dotted field.
+    """
+
+    title: str
+    family: Literal["backprop", "dgl", "pipeline"]
+    checkpointing: bool = False
+    micro_batch: bool = False
+    precision: Precision = "fp32"
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "nf": Method(title="nf-pipeline", family="pipeline"),
+    "bp": Method(title="backprop", family="backprop"),
+    "bp-ckpt": Method(title="backprop + checkpointing", family="backprop", checkpointing=True),
+    "bp-micro": Method(title="backprop + micro-batches", family="backprop", micro_batch=True),
+    "bp-both": Method(title="backprop + both", family="backprop", checkpointing=True, micro_batch=True),
+    "bp-bf16": Method(title="backprop, bf16", family="backprop", precision="bf16"),
+    "dgl": Method(title="DGL, 256-filter heads", family="dgl"),
+    "nf-layer": Method(title="nf-pipeline, layer by layer", family="pipeline", changes={"train.local": "layer"}),
+    "nf-block": Method(title="nf-pipeline, blocks", family="pipeline", changes={"train.local": "block"}),
+    "nf-pipelined": Method(
+        title="nf-pipeline, pipelined",
+        family="pipeline",
+        changes={"train.mode": "pipelined", "cluster.executor": "ray"},
+    ),
+}
+
+DEFAULT_METHODS = ("nf", "bp", "bp-ckpt", "bp-micro", "bp-both", "bp-bf16", "dgl")
+
+
+def method_named(name: str) -> Method:
+    """Looks a method up.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"--methods {name}: unknown method", f"one or more of {','.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,62 @@
+"""What a benchmark compares, as plain numbers: stored beside its results and read by every process of it.
+
+Knows nothing of torch, processes or tables. Entry class: `BenchSettings`.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# What may change between two calls that go on with the same results.
+_FREE = ("models", "methods", "budgets", "num_seeds", "address")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """One benchmark.
+
+    Attributes:
+        data: as for `data.source`.
+        models: registry names or `package.module:factory`.
+        methods: keys of `nf_pipeline.bench.methods.METHODS`, in the order of the tables.
+        budgets: bytes; empty computes them for every model from what fits.
+        num_seeds: repetitions, with seeds 0, 1, ...
+        epochs: passes over the train split: of a baseline, and of every block of the pipeline.
+        max_train_images: stratified subset of the train split; None takes all.
+        val_fraction: part of the train split that becomes the validation split, where the data brings none.
+        augment: as `train.augment`.
+        device: "cpu" or "cuda".
+        num_threads: CPU threads of every method.
+        max_batch: batches never grow beyond this.
+        search_epochs: schedule of the search for a learning rate; 0 searches nothing and takes the default.
+        search_tries: learning rates tried at most, per method and batch size.
+        address: Ray cluster of the methods that need one; None starts a local one.
+    """
+
+    data: str = "digits"
+    models: tuple[str, ...] = ("convnet",)
+    methods: tuple[str, ...] = ()
+    budgets: tuple[int, ...] = ()
+    num_seeds: int = 1
+    epochs: int = 8
+    max_train_images: int | None = None
+    val_fraction: float = 0.1
+    augment: str = "none"
+    device: str = "cpu"
+    num_threads: int = 1
+    max_batch: int = 128
+    search_epochs: int = 2
+    search_tries: int = 5
+    address: str | None = None
+
+    def public(self) -> dict[str, Any]:
+        """Returns all settings for people; of the data its name: where it lies is nobody's business."""
+        return {**asdict(self), "data": short_name(self.data), "address": None}
+
+    def fixed(self) -> dict[str, Any]:
+        """Returns what all cells of one folder of results have in common."""
+        return {name: value for name, value in self.public().items() if name not in _FREE}
+
+
+def short_name(name: str) -> str:
+    """Returns the last part of a path, a URI or "module:name"."""
+    return name.rstrip("/").rpartition("/")[2].rpartition(":")[2]

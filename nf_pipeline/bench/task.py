@@ -1,0 +1,79 @@
+"""What a baseline trains: a network cut into units, and the images that the pipeline reads too.
+
+Entry: `Task`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nf_pipeline.bench.methods import Method
+from nf_pipeline.config import RunConfig
+from nf_pipeline.core.heads import build_head
+from nf_pipeline.core.layers import CutModel, cut
+from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.core.models import build_model
+from nf_pipeline.core.train_step import resolve_device
+from nf_pipeline.storage.manifest import StageManifest
+from nf_pipeline.storage.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A configuration and its images.
+
+    Attributes:
+        config: model, budget, optimiser, schedule.
+        store: where the images are.
+        ingest: their manifest.
+    """
+
+    config: RunConfig
+    store: Store
+    ingest: StageManifest
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is trained."""
+        return resolve_device(self.config.train.device)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return tuple(self.ingest.spec.shape)
+
+    @property
+    def budget_bytes(self) -> int:
+        """What training may hold."""
+        return int(self.config.memory.budget_bytes)
+
+    def cut_model(self) -> CutModel:
+        """Builds the network, with the weights that the pipeline starts from, as a chain of layers."""
+        model = build_model(
+            str(self.config.model.name),
+            image_shape=self.image_shape,
+            num_classes=self.ingest.facts["num_classes"],
+            seed=self.config.train.seed,
+        )
+        return cut(model, self.image_shape)
+
+    def units(self, method: Method, segment_layers: int = 0) -> list[LocalUnit]:
+        """Returns the network as one unit, which is plain backpropagation, or as a unit per layer for DGL."""
+        return (_one_unit if method.family == "backprop" else _unit_per_layer)(self, segment_layers)
+
+
+def _one_unit(task: Task, segment_layers: int) -> list[LocalUnit]:
+    cut_model = task.cut_model()
+    return [LocalUnit(cut_model.layers, cut_model.tail, segment_layers)]
+
+
+def _unit_per_layer(task: Task, _segment_layers: int) -> list[LocalUnit]:
+    cut_model, num_classes, seed = task.cut_model(), task.ingest.facts["num_classes"], task.config.train.seed
+    *shapes, _ = cut_model.out_shapes
+    heads = [build_head("classic", shape, num_classes, seed + position) for position, shape in enumerate(shapes)]
+    return _joined(cut_model.layers, [*heads, cut_model.tail])
+
+
+def _joined(layers: Sequence[torch.nn.Module], heads: Sequence[torch.nn.Module]) -> list[LocalUnit]:
+    return [LocalUnit([layer], head) for layer, head in zip(layers, heads, strict=True)]

@@ -1,0 +1,117 @@
+"""Baselines stay within the budget they were given, and go on where another process ended."""
+
+import dataclasses
+
+import pytest
+
+from nf_pipeline.bench.baseline_trainer import smaller, train_baseline
+from nf_pipeline.bench.cells import Cell
+from nf_pipeline.bench.deadline import Deadline
+from nf_pipeline.bench.fit import Fit, batch_sizes, fit_method, largest_that_fits
+from nf_pipeline.bench.images import ingest_images, open_images, share_images
+from nf_pipeline.bench.methods import METHODS
+from nf_pipeline.bench.run_config import config_for
+from nf_pipeline.bench.settings import BenchSettings
+from nf_pipeline.bench.task import Task
+
+MIB = 2**20
+SETTINGS = BenchSettings(max_train_images=300, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    ingest_images(config_for(SETTINGS, Cell(kind="facts", model="convnet"), folder))
+    return folder
+
+
+@pytest.fixture
+def make_task(images):
+    def make(method, budget, **changes):
+        cell = Cell(kind="train", model="convnet", method=method, budget_bytes=budget)
+        store, ingest = open_images(images)
+        settings = dataclasses.replace(SETTINGS, **changes)
+        return Task(config=config_for(settings, cell, images), store=store, ingest=ingest)
+
+    return make
+
+
+def train(task, name, folder, deadline=None):
+    method = METHODS[name]
+    fit = fit_method(task, method)
+    return fit, train_baseline(
+        task, method, fit, folder=folder, deadline=deadline or Deadline(None), tell=lambda text: None
+    )
+
+
+@pytest.mark.parametrize("name", ["bp", "bp-ckpt", "bp-micro", "bp-both", "bp-bf16", "dgl"])
+def test_baseline_stays_within_its_budget_and_needs_what_was_predicted(name, make_task, tmp_path):
+    budget = 12 * MIB if name == "dgl" else 5 * MIB
+    fit, result = train(make_task(name, budget, epochs=1), name, tmp_path)
+    assert result["status"] == "done"
+    assert fit.predicted_peak_bytes <= budget
+    assert result["measured_peak_bytes"] <= budget
+    assert result["measured_peak_bytes"] == pytest.approx(fit.predicted_peak_bytes, rel=0.1)
+    assert len(result["curve"]) == 1 and 0.0 <= result["test_accuracy"] <= 1.0
+
+
+def test_savings_allow_larger_batches(make_task):
+    fits = {name: fit_method(make_task(name, 4 * MIB), METHODS[name]) for name in ("bp", "bp-ckpt", "bp-micro")}
+    assert fits["bp-ckpt"].batch_size > fits["bp"].batch_size
+    assert fits["bp-micro"].batch_size == 128
+    assert fits["bp-micro"].micro_batch <= fits["bp"].micro_batch
+    assert fits["bp"].val_batch >= fits["bp"].micro_batch
+
+
+def test_baseline_that_cannot_fit_says_what_batch_2_needs(make_task):
+    fit = fit_method(make_task("bp", 2 * MIB), METHODS["bp"])
+    assert (fit.micro_batch, fit.batch_size) == (0, 0)
+    assert fit.predicted_peak_bytes > 2 * MIB
+
+
+@pytest.mark.parametrize("name", ["bp-micro", "dgl"])
+def test_baseline_cut_in_two_ends_as_one_that_was_not(name, make_task, tmp_path):
+    task = make_task(name, 14 * MIB)
+    _, whole = train(task, name, tmp_path / "whole")
+    _, first = train(task, name, tmp_path / "parts", Deadline(0.0))
+    assert first is None
+    _, parts = train(task, name, tmp_path / "parts")
+    assert parts["sessions"] == 2
+    assert [accuracy for _, accuracy in parts["curve"]] == [accuracy for _, accuracy in whole["curve"]]
+    assert parts["test_accuracy"] == whole["test_accuracy"]
+    assert parts["curve"][0][0] < parts["curve"][1][0] == parts["train_s"]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "batch"), [("bp", 100, 90, 90), ("bp", 3, 2, 2), ("bp-micro", 64, 32, 128)]
+)
+def test_smaller_fit_follows_an_allocator_that_refused(name, before, after, batch):
+    method = METHODS[name]
+    size = 128 if method.micro_batch else before
+    fit = Fit(micro_batch=before, batch_size=size, val_batch=8, segment_layers=0, predicted_peak_bytes=1)
+    lowered = smaller(fit, method)
+    assert (lowered.micro_batch, lowered.batch_size) == (after, batch)
+
+
+@pytest.mark.parametrize("budget", range(0, 60, 7))
+def test_largest_that_fits_is_what_a_walk_over_all_sizes_finds(budget):
+    sizes = batch_sizes(20, divide_reference=False)
+    fitting = [size for size in sizes if 3 * size <= budget]
+    expected = (fitting[-1], 3 * fitting[-1]) if fitting else (0, 6)
+    assert largest_that_fits(sizes, budget, lambda size: 3 * size) == expected
+
+
+def test_deadline_is_over_when_the_starting_process_is_gone(monkeypatch):
+    deadline = Deadline(None)
+    assert deadline.leaves(1e9)
+    monkeypatch.setattr("os.getppid", lambda: -1)
+    assert not deadline.leaves(0.0)
+
+
+def test_shared_images_are_the_same_files(images, tmp_path):
+    share_images(images, tmp_path)
+    share_images(images, tmp_path)
+    _, ingest = open_images(images)
+    _, shared = open_images(tmp_path)
+    assert shared == ingest
+    assert all((tmp_path / info.key).stat().st_nlink > 1 for info in ingest.shards["train"])

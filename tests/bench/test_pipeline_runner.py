@@ -1,0 +1,51 @@
+"""The pipeline in the benchmark: every second counts once, however many processes it takes."""
+
+import pytest
+
+from nf_pipeline.bench.cells import Cell
+from nf_pipeline.bench.deadline import Deadline
+from nf_pipeline.bench.images import ingest_images, share_images
+from nf_pipeline.bench.pipeline_runner import run_pipeline
+from nf_pipeline.bench.run_config import config_for
+from nf_pipeline.bench.settings import BenchSettings
+
+SETTINGS = BenchSettings(max_train_images=200, epochs=2)
+CELL = Cell(kind="train", model="convnet", method="nf", budget_bytes=3 * 2**20)
+
+
+def run_in_parts(images, folder, seconds, budget=3 * 2**20):
+    config = config_for(SETTINGS, CELL, folder)
+    fixed = config.train.model_copy(update={"unit_layers": 2})  # planned alike each time, without timings
+    config = config.model_copy(
+        update={"train": fixed, "memory": config.memory.model_copy(update={"budget_bytes": budget})}
+    )
+    share_images(images, folder)
+    for _ in range(20):
+        result = run_pipeline(config, deadline=Deadline(seconds), tell=lambda text: None)
+        if result is not None:
+            return result
+    raise AssertionError("it never ended")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    ingest_images(config_for(SETTINGS, CELL, folder))
+    return folder
+
+
+def test_pipeline_cut_after_every_epoch_ends_as_one_that_was_not(images, tmp_path):
+    whole = run_in_parts(images, tmp_path / "whole", None)
+    parts = run_in_parts(images, tmp_path / "parts", 0.0)
+    assert whole["sessions"] == 1 and parts["sessions"] > 2
+    assert [accuracy for _, accuracy in parts["curve"]] == [accuracy for _, accuracy in whole["curve"]]
+    assert parts["test_accuracy"] == whole["test_accuracy"]
+    assert parts["measured_peak_bytes"] == whole["measured_peak_bytes"] <= 3 * 2**20
+    seconds = [moment for moment, _ in parts["curve"]]
+    assert seconds == sorted(seconds)
+
+
+def test_pipeline_without_a_plan_says_the_smallest_budget(images, tmp_path):
+    result = run_in_parts(images, tmp_path, None, budget=2**16)
+    assert result["status"] == "does not fit"
+    assert 2**16 < result["needs_bytes"] < 3 * 2**20
