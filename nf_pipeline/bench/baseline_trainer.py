@@ -160,9 +160,10 @@ class _Trainer:
         )
 
     def _train_batches(self, feed: Feed, epoch: int) -> float:
-        num_parts = self._fit.batch_size // self._fit.micro_batch
+        num_batches = feed.num_batches(even=True)
+        num_parts = min(self._fit.batch_size // self._fit.micro_batch, num_batches)
         # Micro-batches that do not fill a step are left out, like the last short batch.
-        steps = max(1, feed.num_batches(even=True) // num_parts)
+        steps = num_batches // num_parts
         losses: list[torch.Tensor] = []
         batches = feed.batches(seed=self._config.seed, epoch=epoch, shuffle=True, even=True)
         for number, batch in zip(range(steps * num_parts), batches, strict=False):

@@ -34,7 +34,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Names its files; the learning rate follows from the search and is left out."""
-        model = re.sub(r"[^A-Za-z0-9_]+", "-", self.model.rpartition(":")[2])
+        model = re.sub(r"[^A-Za-z0-9_]+", "-", self.model)
         if not self.method:
             return f"{self.kind}-{model}"
         seed = f"-seed{self.seed}" if self.kind == "train" else ""

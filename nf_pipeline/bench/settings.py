@@ -58,5 +58,7 @@ class BenchSettings:
 
 
 def short_name(name: str) -> str:
-    """Returns the last part of a path, a URI or "module:name"."""
+    """Returns the last part of a path, a URI or "module:name"; of "torchvision:NAME:ROOT" the data set's name."""
+    if name.startswith("torchvision:"):
+        return name.split(":")[1]
     return name.rstrip("/").rpartition("/")[2].rpartition(":")[2]

@@ -76,7 +76,9 @@ def _heading(document: Document) -> str:
         f"augmentation {settings['augment']}, {settings['epochs']} epochs (the pipeline: per block), "
         f"{settings['num_seeds']} seeds; medians, smallest and largest in brackets.",
         "Seconds hold training and a validation after every epoch; the pipeline's hold profiling, planning, caching "
-        "and loading too. Reading the data set, the search for a learning rate and the test are in nobody's.",
+        "and loading too. Reading the data set, the search for a learning rate and the test are in nobody's. The "
+        "pipeline's accuracy at a time is that of its best exit so far; the exit that it keeps may be up to "
+        "`exits.tolerance` (0.5 points) below. Bytes read leave out what is mapped: shards after the first epoch.",
     ]
     return "\n\n".join(lines)
 

@@ -86,7 +86,7 @@ def _candidates(plan: Plan) -> list[str]:
         for candidate in plan.candidates[:SHOWN_CANDIDATES]
     ]
     table = align(["plan", "heads", "batch by block", "predicted peak", "predicted time", ""], rows)
-    rule = "the fastest whose batches train well is taken, and of about equal ones that with the fewest heads"
+    rule = "the fastest whose batches train well is taken, of equal ones that with the fewest heads; without storage"
     return ["", f"The fastest of {len(plan.candidates)} plans that fit; {rule}:", table]
 
 

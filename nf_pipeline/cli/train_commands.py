@@ -42,7 +42,7 @@ EXAMPLE = "nf-pipeline {} --data digits --model vgg11_bn --memory-budget 64MiB"
 def plan_command(*, as_json: bool, **given: Any) -> None:
     """Show what train would do: blocks, batch sizes, predicted peaks, shard bytes, placement.
 
-    Reads the data set's labels and image size, profiles the model without allocating it, stores nothing. With
+    Reads the data set's labels and image size, profiles the model, stores nothing. With
     --address it counts the cluster's workers that could hold each block.
     """
     from nf_pipeline.cli.tables import plan_text
@@ -76,7 +76,7 @@ def train_command(*, as_json: bool, quiet: bool, **given: Any) -> None:
     run_uri = join_run_uri(config.storage.uri, config.run)
     from nf_pipeline.driver.run import train
 
-    with _displayed(run_uri, config.model.name, quiet=quiet) as (progress, stop):
+    with _displayed(run_uri, config.model.name, quiet=quiet, patience=given["stop"]) as (progress, stop):
         summary = train(config, on_event=progress, stop=stop)
     _print_summary(summary, run_uri, as_json=as_json)
 
@@ -127,14 +127,14 @@ def resume_command(
     from nf_pipeline.driver.run import resume
 
     changes = {"cluster": cluster, "keep": keep, "patience": stop, "model": model, "repair": repair}
-    with _displayed(uri, model, quiet=quiet, is_repair=repair) as (progress, request):
+    with _displayed(uri, model, quiet=quiet, is_repair=repair, patience=stop) as (progress, request):
         summary = resume(uri, on_event=progress, stop=request, **changes)
     _print_summary(summary, uri, as_json=as_json)
 
 
 @contextmanager
 def _displayed(
-    run_uri: str, model: str | None, *, quiet: bool, is_repair: bool = False
+    run_uri: str, model: str | None, *, quiet: bool, is_repair: bool = False, patience: int | str | None = None
 ) -> Iterator[tuple[Callable[[Event], None], StopRequest]]:
     from nf_pipeline.cli.progress import open_progress
     from nf_pipeline.driver.status import read_plan
@@ -144,7 +144,7 @@ def _displayed(
     plan = None if is_repair else read_plan(run_uri)  # it may be what is to be repaired
     display = open_progress(sys.stderr, plan=plan, quiet=quiet)
     try:
-        with interruptible(_continuing(run_uri, model, is_repair), stop) as check:
+        with interruptible(_continuing(run_uri, model, is_repair, patience), stop) as check:
 
             def listen(event: Event) -> None:
                 check()
@@ -155,10 +155,12 @@ def _displayed(
         display.close()
 
 
-def _continuing(run_uri: str, model: str | None, is_repair: bool) -> str:
+def _continuing(run_uri: str, model: str | None, is_repair: bool, patience: int | str | None) -> str:
     words = ["nf-pipeline", "resume", run_uri]
     if model is not None and ":" in model:  # a factory is imported only if it is named again
         words += ["--model", model]
+    if patience is not None:  # a run that has begun does not record another one
+        words += ["--stop", patience if isinstance(patience, str) else f"patience={patience}"]
     return shlex.join([*words, "--repair"] if is_repair else words)
 
 

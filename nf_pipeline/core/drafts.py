@@ -48,6 +48,7 @@ class PlanJob:
     num_classes: int
     split_rows: dict[str, int]
     device: torch.device
+    is_exhaustive: bool = False
     profiles: dict[tuple[UnitSpan, torch.device], UnitProfile] = field(default_factory=dict)
 
     @property

@@ -30,7 +30,7 @@ class FrozenUnits(nn.Module):
     def output(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         """Returns what float32 shards would hold of the last layer's output.
 
-        No `forward`: a module's call would keep the batch alive until the last layer is done.
+        The batch stays alive until the last layer is done, in the prediction as in the worker.
         """
         return forward_block(self.units, x_NCHW, self._precision, with_heads=False)[0].float()
 

@@ -31,14 +31,19 @@ class LocalUnit(nn.Module):
         head: on the last layer's output.
         segment_layers: while training, keep only what enters each segment of so many layers and compute the rest
             again in the backward pass (Chen et al. 2016, https://arxiv.org/abs/1604.06174); 0 keeps everything.
-            Weights, gradients and running statistics are the same either way.
+            Weights, gradients and the running statistics of batch norms are the same either way; other layers that
+            count batches count theirs twice.
+        is_last: the head is the model's own classifier, whose code may count on contiguous tensors.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], head: nn.Module, segment_layers: int = 0) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], head: nn.Module, segment_layers: int = 0, *, is_last: bool = False
+    ) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
         self.head = head
         self.segment_layers = segment_layers
+        self.is_last = is_last
 
     def forward(self, x_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the next unit's input (still attached to the graph) and the head's logits."""
@@ -46,7 +51,7 @@ class LocalUnit(nn.Module):
             out_NCHW = self._by_segments(x_NCHW)
         else:
             out_NCHW = self.features(x_NCHW)
-        return out_NCHW, self.head(laid_out(out_NCHW))
+        return out_NCHW, self.head(out_NCHW.contiguous() if self.is_last else laid_out(out_NCHW))
 
     def features(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         """Returns what the layers make of the input, without the head."""
@@ -121,10 +126,11 @@ def build_units(
     built = []
     for unit_idx in units if units is not None else range(len(spans)):
         span = spans[unit_idx]
-        if span.stop == len(cut_model.layers):
+        is_last = span.stop == len(cut_model.layers)
+        if is_last:
             head = cut_model.tail
         else:
             head_seed = seed * _SEED_STEP + unit_idx
             head = build_head(span.head or head_name, cut_model.out_shapes[span.stop - 1], num_classes, head_seed)
-        built.append(LocalUnit(cut_model.layers[span.start : span.stop], head, span.segment_layers))
+        built.append(LocalUnit(cut_model.layers[span.start : span.stop], head, span.segment_layers, is_last=is_last))
     return built

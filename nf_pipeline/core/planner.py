@@ -23,7 +23,7 @@ from nf_pipeline.core.models import build_model, suggest_model
 from nf_pipeline.core.partition import effective_budget, feasible_batch
 from nf_pipeline.core.prediction import TimeModel
 from nf_pipeline.core.profiler import Shape, count_params, forward_flops, free_probes
-from nf_pipeline.core.proposals import WIDE_HEAD, propose, propose_narrow
+from nf_pipeline.core.proposals import NARROW_HEAD, WIDE_HEAD, propose, propose_narrow, whole_network
 from nf_pipeline.core.timing import Part, StepTimer
 from nf_pipeline.core.train_step import resolve_device
 from nf_pipeline.errors import ConfigError, PlanError
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 ABOUT_EQUAL = 0.05
 """Plans whose predicted times differ by less are equally fast: the one with the fewest units is taken."""
+
+ABOUT_LARGEST = 0.1
+"""Batches that are smaller than the largest one by at most this part are as fast."""
 
 LARGE_ENOUGH = 0.75
 """Where no plan reaches good batches, those train well whose smallest is this part of the largest smallest one."""
@@ -48,6 +51,7 @@ def make_plan(
     split_rows: dict[str, int],
     worker_memory_bytes: Sequence[int] = (),
     rates: StoreRates | None = None,
+    is_exhaustive: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Decides units, blocks and batch sizes for a model, a data set and a budget.
@@ -61,6 +65,7 @@ def make_plan(
         worker_memory_bytes: what each class of workers may hold; read where the budget is "auto", when blocks are
             made for the smallest class, and layers that it cannot train for the next.
         rates: of the run's store; without them nothing is computed again unless `storage.cache` says so.
+        is_exhaustive: compare all plans even where backpropagation has the largest batch, which none can beat.
         on_progress: called after each step of profiling with the number of steps done and of all.
 
     Raises:
@@ -87,6 +92,7 @@ def make_plan(
         num_classes=num_classes,
         split_rows=split_rows,
         device=device,
+        is_exhaustive=is_exhaustive,
     )
     chosen, candidates = _search(job, rates, on_progress)
     free_probes(device)
@@ -185,10 +191,13 @@ def _draft_all(job: PlanJob, on_progress: Callable[[int, int], None] | None) -> 
         PlanError: none fits; of all errors the one that is content with the smallest budget.
         ConfigError: none can be built.
     """
+    if not job.is_exhaustive and (unbeaten := _unbeaten(job)):
+        return [unbeaten]
     fits = _fitting(job)
     proposals = propose(job.cfg.train, job.num_layers, job.memory.max_batch_size, fits)
-    if job.cfg.train.unit_layers is None and job.cfg.train.head == WIDE_HEAD:
-        proposals += propose_narrow(job.num_layers, lambda span: fits(span, job.memory.good_batch_size))
+    train, good = job.cfg.train, min(job.memory.good_batch_size, job.memory.max_batch_size)
+    if train.unit_layers is None and train.local != "block" and train.head == WIDE_HEAD:
+        proposals += propose_narrow(job.num_layers, lambda span: fits(span, good))
     drafts, errors = [], []
     for number, proposal in enumerate(proposals):
         try:
@@ -202,6 +211,21 @@ def _draft_all(job: PlanJob, on_progress: Callable[[int, int], None] | None) -> 
     if drafts:
         return drafts
     raise min(too_small, key=lambda error: error.smallest_budget_bytes) if too_small else errors[0]
+
+
+def _unbeaten(job: PlanJob) -> Draft | None:
+    """Returns plain backpropagation where it has about the largest batch; None where it has not, or is not wanted.
+
+    Any other plan runs the same layers with a batch that is hardly larger, and heads, passes or shards on top.
+    """
+    train = job.cfg.train
+    if train.unit_layers is not None or train.local == "layer" or train.mode == "pipelined":
+        return None
+    try:
+        draft = draft_plan(job, whole_network(job.num_layers))
+    except PlanError:
+        return None
+    return draft if draft.smallest_batch >= (1 - ABOUT_LARGEST) * job.memory.max_batch_size else None
 
 
 def _fitting(job: PlanJob) -> Callable[[UnitSpan, int], bool]:
@@ -228,27 +252,27 @@ def _time_model(job: PlanJob) -> TimeModel:
     largest = _largest_batches(job, single, available)
 
     def make_part(part_idx: int) -> Part:
-        layer = part_idx % job.num_layers
-        is_head = part_idx >= job.num_layers
+        kind, layer = divmod(part_idx, job.num_layers)
+        alone = UnitSpan(layer, layer + 1, head=NARROW_HEAD if kind == 2 else "")
         return Part(
-            module=job.units(single, range(layer, layer + 1))[0].head if is_head else job.cut_model.layers[layer],
-            in_shape=job.in_shapes[layer + is_head],
+            module=job.units([alone])[0].head if kind else job.cut_model.layers[layer],
+            in_shape=job.in_shapes[layer + (kind > 0)],
             largest_batch=largest[layer],
             is_first=part_idx == 0,
         )
 
-    timer = StepTimer(make_part, 2 * job.num_layers, train=job.cfg.train, device=job.device)
+    timer = StepTimer(make_part, 3 * job.num_layers, train=job.cfg.train, device=job.device)
     return TimeModel(job.cfg, timer, job.num_layers, job.split_rows)
 
 
 def _largest_batches(job: PlanJob, spans: Sequence[UnitSpan], available: int) -> list[int]:
-    """Returns the batch with which each unit alone fits; the smallest where no head goes on a layer."""
+    """Returns the batch with which each unit alone fits; the largest where no head goes on a layer: it is no map."""
     sizes = []
     for span in spans:
         try:
             sizes.append(feasible_batch(job.profile([span], _CPU), available, job.memory.max_batch_size))
         except ConfigError:
-            sizes.append(job.memory.min_batch_size)
+            sizes.append(job.memory.max_batch_size)
     return sizes
 
 

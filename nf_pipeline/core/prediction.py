@@ -20,7 +20,8 @@ class TimeModel:
 
     Args:
         cfg: epochs and workers are read.
-        timer: part i is layer i; part `num_layers` + i is the head on layer i, the model's own on the last.
+        timer: part i is layer i; part `num_layers` + i is the run's head on layer i, the model's own on the last, and
+            part 2 * `num_layers` + i the narrow head there.
         num_layers: of the cut model.
         split_rows: samples per split.
     """
@@ -62,4 +63,5 @@ class TimeModel:
         return [self._timer.seconds(layer, batch_size) for layer in range(span.start, span.stop)]
 
     def _head(self, span: UnitSpan, batch_size: int) -> Seconds:
-        return self._timer.seconds(self._num_layers + span.stop - 1, batch_size)
+        kind = 2 if span.head else 1
+        return self._timer.seconds(kind * self._num_layers + span.stop - 1, batch_size)

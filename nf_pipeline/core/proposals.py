@@ -95,8 +95,13 @@ def grow_spans(num_layers: int, segment_layers: int, fits: Callable[[UnitSpan], 
     return tuple(spans)
 
 
+def whole_network(num_layers: int) -> Proposal:
+    """Returns plain backpropagation: one unit of all layers."""
+    return Proposal(name="backpropagation", spans=(_span(0, num_layers),))
+
+
 def _whole(num_layers: int) -> Iterator[Proposal]:
-    yield Proposal(name="backpropagation", spans=(_span(0, num_layers),))
+    yield whole_network(num_layers)
     for length in SEGMENT_LENGTHS:
         yield Proposal(name=f"backpropagation, {_checkpoints(length)}", spans=(_span(0, num_layers, length),))
 

@@ -85,6 +85,7 @@ class StepTimer:
         self._train = train
         self._device = device
         self._limit_s = TIMING_S / (2 * len(GRID) * num_parts)  # training and inference
+        self._too_large: set[tuple[int, int]] = set()
         self._measured: list[dict[int, Seconds]] = [{} for _ in range(num_parts)]
 
     def seconds(self, part_idx: int, batch_size: int) -> Seconds:
@@ -92,7 +93,7 @@ class StepTimer:
         measured = self._measured[part_idx]
         for size in GRID:
             if size not in measured and self._is_measurable(part_idx, size):
-                measured[size] = self._measure(self._part(part_idx), size)
+                self._measure(part_idx, size)
             if size >= batch_size:
                 break
         return _interpolate(measured, batch_size)
@@ -101,13 +102,21 @@ class StepTimer:
         measured = self._measured[part_idx]
         if not measured:
             return True
+        if (part_idx, size) in self._too_large:
+            return False
         largest = max(measured)
         expected_s = measured[largest].step * size / largest
         return size <= self._part(part_idx).largest_batch and largest < size and expected_s <= ONCE_S
 
-    def _measure(self, part: Part, size: int) -> Seconds:
-        with user_code(f"model: a training step of batch {size} fails", "change the model"):
-            return self._time(part, size)
+    def _measure(self, part_idx: int, size: int) -> None:
+        try:
+            with user_code(f"model: a training step of batch {size} fails", "change the model"):
+                self._measured[part_idx][size] = self._time(self._part(part_idx), size)
+        except torch.OutOfMemoryError:
+            # Kernels of a GPU take workspaces that no prediction shows.
+            if not self._measured[part_idx]:
+                raise
+            self._too_large.add((part_idx, size))
 
     def _time(self, part: Part, size: int) -> Seconds:
         timed = _TimedPart(part, size, self._train, self._device)
@@ -166,6 +175,8 @@ class _TimedPart:
         """Takes a first step, which does what no other has to: chooses kernels, makes momentum."""
         try:
             self.step()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             self._copies_input = True  # it begins with an operation in place, which autograd forbids on a leaf
             self.step()

@@ -160,8 +160,8 @@ class BlockRuns:
         if num_done < self._num_found:
             return
         self.early_end = find_early_end(self._config, len(self._plan.blocks), self._facts)
-        if self.early_end is not None:
-            schedule.end_after(self.early_end.num_blocks)
+        # A block that was running and has improved after all takes the end back.
+        schedule.end_after(self.early_end.num_blocks if self.early_end else len(self._plan.blocks))
 
     def _train(self, work: Round, schedule: RoundSchedule) -> None:
         """Brings one round to its commit."""

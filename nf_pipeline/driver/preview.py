@@ -79,6 +79,8 @@ class Preview:
 def preview(config: RunConfig) -> Preview:
     """Decides blocks and batch sizes as `train` would, and counts the workers that could hold them.
 
+    Nothing is stored, so the store is not measured: where storage decides, `train` may choose otherwise.
+
     Raises:
         DataError: the data set cannot be used.
         PlanError: the budget is too small; names the layer and the smallest budget.
@@ -91,6 +93,7 @@ def preview(config: RunConfig) -> Preview:
         image_shape=surveyed.image_shape,
         num_classes=len(surveyed.labels.class_names),
         split_rows=surveyed.split_rows,
+        is_exhaustive=True,
         worker_memory_bytes=[w.memory_bytes for w in workers if w.memory_bytes is not None],
     )
     rows = surveyed.split_rows["train"] + surveyed.split_rows["val"]

@@ -127,9 +127,8 @@ class RoundStore:
 
     def _fingerprint(self, block_idx: int, stage_input: Sequence[StageManifest]) -> str:
         """Identifies a block's last round by what it reads and by the blocks that it runs again."""
-        block, last = self._plan.blocks[block_idx], self._num_rounds - 1
         checksum = chain_checksum([part.content_checksum for part in stage_input])
-        return block_fingerprint(self._config, block, last, checksum)
+        return block_fingerprint(self._config, self._plan, block_idx, self._num_rounds - 1, checksum)
 
     def _count_rounds(self, block_idx: int) -> int:
         listed = [self._layout.round_of(key) for key, _ in self._store.list(self._layout.rounds(block_idx))]

@@ -252,14 +252,15 @@ def _fits_blocks(store: Store, layout: RunLayout) -> bool:
     """Tells whether blocks were trained as plan.json says: then it is the run's own."""
     document = read_sealed(store, layout.plan_json) or {}
     config = validate_config(document["config"])
-    for block in plan_of(document, store.uri).blocks:
+    plan = plan_of(document, store.uri)
+    for block_idx in range(len(plan.blocks)):
         try:
-            manifest = read_manifest(store, layout.block_manifest(block.block_idx))
+            manifest = read_manifest(store, layout.block_manifest(block_idx))
         except ObjectCorrupt:
             continue
         if manifest is not None:
             last = num_rounds(config) - 1
-            return manifest.fingerprint == block_fingerprint(config, block, last, manifest.input_checksum)
+            return manifest.fingerprint == block_fingerprint(config, plan, block_idx, last, manifest.input_checksum)
     return False
 
 

@@ -10,6 +10,7 @@ from nf_pipeline.storage.manifest import StageManifest
 BLOCK_FIELDS = (
     "block_idx",
     "layers",
+    "source_block",
     "batch_size",
     "budget_bytes",
     "predicted_peak_bytes",

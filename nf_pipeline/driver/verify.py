@@ -398,7 +398,7 @@ def _fingerprint(
     """Returns a function from a block's input to the fingerprint it must have; None as long as that is unknown."""
     if config is None or plan is None:
         return None
-    return lambda checksum: block_fingerprint(config, plan.blocks[block_idx], round_idx, checksum)
+    return lambda checksum: block_fingerprint(config, plan, block_idx, round_idx, checksum)
 
 
 def _check(store: Store, named: _Named) -> Problem | None:

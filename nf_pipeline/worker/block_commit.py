@@ -84,7 +84,7 @@ def commit_block(
     result = _result(task, record, made.shards)
     manifest = StageManifest(
         stage=task.stage,
-        fingerprint=block_fingerprint(task.config, task.block, task.round_idx, input_checksum),
+        fingerprint=block_fingerprint(task.config, task.plan, task.block_idx, task.round_idx, input_checksum),
         input_checksum=input_checksum,
         attempt=task.attempt,
         spec=made.spec,

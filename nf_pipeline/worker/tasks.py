@@ -125,12 +125,14 @@ def chain_checksum(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else fingerprint_of(list(parts))
 
 
-def block_fingerprint(config: RunConfig, block: BlockPlan, round_idx: int, input_checksum: str) -> str:
-    """Identifies a round of a block: configuration, its part of the plan, and the very input it reads.
+def block_fingerprint(config: RunConfig, plan: Plan, block_idx: int, round_idx: int, input_checksum: str) -> str:
+    """Identifies a round of a block: configuration, its units and their heads, and the very input it reads.
 
     The batch size is left out on purpose: a finished block that had to shrink it is as good for the next one.
     """
-    planned = {"block_idx": block.block_idx, "units": list(block.units), "layers": list(block.layers)}
+    block = plan.blocks[block_idx]
+    units = [[unit.start, unit.stop, unit.head] for unit in plan.units_of(block)]
+    planned = {"block_idx": block_idx, "first_unit": block.units[0], "units": units}
     work = {"config": config.fingerprint, "block": planned, "round": round_idx, "input": input_checksum}
     return fingerprint_of(work)
 

@@ -275,7 +275,7 @@ class _Attempt:
     @property
     def _fingerprint(self) -> str:
         task = self.task
-        return block_fingerprint(task.config, task.block, task.round_idx, self.input.checksum)
+        return block_fingerprint(task.config, task.plan, task.block_idx, task.round_idx, self.input.checksum)
 
     def _restore(self) -> CheckpointRecord:
         # As long as its input is being written, nothing of this round can have been stored.

@@ -14,12 +14,14 @@ CPU = torch.device("cpu")
 
 
 class Table:
-    """Layers take 1, 2, 3, ... seconds a step and a tenth of that forward; heads 100 and 10; whatever the batch."""
+    """Layers take 1, 2, 3, ... seconds a step, heads 100, narrow ones 10; forward a tenth; whatever the batch."""
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
 
     def seconds(self, part_idx: int, batch_size: int) -> Seconds:
+        if part_idx >= 2 * self.num_layers:
+            return Seconds(step=10.0, forward=1.0)
         if part_idx >= self.num_layers:
             return Seconds(step=100.0, forward=10.0)
         return Seconds(step=part_idx + 1.0, forward=(part_idx + 1.0) / 10)
@@ -49,6 +51,11 @@ def test_caching_needs_no_heads() -> None:
     assert times().forward_s_per_sample([UnitSpan(0, 2), UnitSpan(2, 3)], 10) == pytest.approx(0.06)
 
 
+def test_narrow_head_has_a_time_of_its_own() -> None:
+    wide, narrow = (times().step_s(UnitSpan(1, 2, head=head), 10) for head in ("", "linear"))
+    assert (wide, narrow) == (102.0, 12.0)
+
+
 def timer_of(largest_batch: int = 128, module: nn.Module | None = None) -> StepTimer:
     part = Part(module=module or nn.Conv2d(3, 8, 3), in_shape=(3, 16, 16), largest_batch=largest_batch)
     return StepTimer(lambda _: part, 1, train=TrainConfig(), device=CPU)
@@ -61,7 +68,7 @@ def test_measured_seconds_are_positive_and_training_takes_longer_than_inference(
 
 def test_between_two_sizes_seconds_lie_on_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = timer_of()
-    monkeypatch.setattr(timer, "_measure", lambda _, size: Seconds(step=(8 + size) / 1e3, forward=size / 1e3))
+    monkeypatch.setattr(timer, "_time", lambda _, size: Seconds(step=(8 + size) / 1e3, forward=size / 1e3))
     assert timer.seconds(0, 20).step == pytest.approx(0.028)
     assert timer.seconds(0, 20).forward == pytest.approx(0.020)
     assert timer.seconds(0, 8).step == pytest.approx(0.016)
@@ -70,14 +77,14 @@ def test_between_two_sizes_seconds_lie_on_the_line(monkeypatch: pytest.MonkeyPat
 
 def test_nothing_larger_than_memory_allows_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     timer, sizes = timer_of(largest_batch=8), []
-    monkeypatch.setattr(timer, "_measure", lambda _, size: sizes.append(size) or Seconds(step=1e-3, forward=0.0))
+    monkeypatch.setattr(timer, "_time", lambda _, size: sizes.append(size) or Seconds(step=1e-3, forward=0.0))
     timer.seconds(0, 128)
     assert sizes == [2, 8]
 
 
 def test_nothing_that_would_take_long_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     timer, sizes = timer_of(), []
-    monkeypatch.setattr(timer, "_measure", lambda _, size: sizes.append(size) or Seconds(step=size / 20, forward=0.0))
+    monkeypatch.setattr(timer, "_time", lambda _, size: sizes.append(size) or Seconds(step=size / 20, forward=0.0))
     timer.seconds(0, 128)
     assert sizes == [2, 8]  # 32 samples would take 1.6 s
 

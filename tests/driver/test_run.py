@@ -63,6 +63,7 @@ BLOCK_KEYS = {
     "block_idx",
     "layers",
     "batch_size",
+    "source_block",
     "budget_bytes",
     "predicted_peak_bytes",
     "measured_peak_bytes",

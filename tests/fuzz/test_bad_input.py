@@ -289,7 +289,8 @@ def test_publication_with_a_wrong_shard_is_an_error_that_names_it(shards: Any, r
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("num_classes", 2**40), ("std", [0.0]), ("image_shape", [1, 2**20, 2**20]), ("num_layers", 0)]
+    ("field", "value"),
+    [("num_classes", 2**40), ("std", [0.0]), ("image_shape", [1, 2**20, 2**20]), ("num_layers", 0)],
 )
 def test_model_card_that_asks_for_more_than_it_describes_is_damaged(field: str, value: Any) -> None:
     from test_fuzz_weights import CARD
