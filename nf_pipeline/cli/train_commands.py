@@ -155,7 +155,7 @@ def _displayed(
         display.close()
 
 
-def _continuing(run_uri: str, model: str | None, is_repair: bool, patience: int | str | None) -> str:
+def _continuing(run_uri: str, model: str | None, is_repair: bool, patience: int | str | None = None) -> str:
     words = ["nf-pipeline", "resume", run_uri]
     if model is not None and ":" in model:  # a factory is imported only if it is named again
         words += ["--model", model]

@@ -121,4 +121,7 @@ def test_cells_come_seed_by_seed_and_loose_budgets_first():
 
 
 def test_cell_of_a_factory_has_the_name_of_a_file():
-    assert Cell(kind="train", model="my.module:Net", method="bp", budget_bytes=7).name == "train-Net-7-bp-seed0"
+    assert (
+        Cell(kind="train", model="my.module:Net", method="bp", budget_bytes=7).name
+        == "train-my-module-Net-7-bp-seed0"
+    )

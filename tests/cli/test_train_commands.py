@@ -204,6 +204,8 @@ def test_command_that_continues_a_run_can_be_pasted_into_a_shell() -> None:
     assert (
         _continuing("s3://b/a", "my.nets:make", True) == "nf-pipeline resume s3://b/a --model my.nets:make --repair"
     )
+    assert _continuing("a", None, False, 3) == "nf-pipeline resume a --stop patience=3"
+    assert _continuing("a", None, False, "never") == "nf-pipeline resume a --stop never"
 
 
 def test_export_prints_where_it_wrote(trained, tmp_path: Path) -> None:
