@@ -211,7 +211,7 @@ def test_node_lost_in_the_middle_of_a_block_is_replaced_and_the_weights_stay_the
     assert summary["blocks"][0]["attempts"] == 2
 
 
-MANY_SHARDS = {"storage__shard_bytes": 4 * KIB, "data__max_train_images": 1200, "train__epochs": 2}
+MANY_SHARDS = {"storage__shard_bytes": 4 * KIB, "data__max_train_images": 1400, "train__epochs": 2}
 """Every sample is a shard, so that writing takes longer than it takes to stop the writer."""
 
 

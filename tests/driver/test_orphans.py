@@ -21,7 +21,7 @@ from nf_pipeline.config import RunConfig
 pytestmark = pytest.mark.ray
 
 MakeConfig = Callable[..., RunConfig]
-GONE_WITHIN_S = 20.0
+GONE_WITHIN_S = 60.0
 
 
 def command_of(config: RunConfig, folder: Path) -> list[str]:
