@@ -36,6 +36,9 @@ from nf_pipeline.plans import UnitProfile, UnitSpan
 
 Shape = tuple[int, ...]
 
+# BatchNorm takes no batch of 1.
+_FIRST_BATCH = 2
+
 _FIX_STEP = "change the model: its layers must train on any batch of two samples or more"
 
 
@@ -80,10 +83,13 @@ class StepProbe:
         self._units: list[LocalUnit] = []
         self._optimizers: list[torch.optim.SGD] = []
         self._frozen: FrozenUnits | None = None
+        self._known_bytes: dict[int, int] = {}
         self.resident_bytes = self._settle(units, frozen, train)
 
     def peak_bytes(self, batch_size: int) -> int:
         """Returns the peak of one training step."""
+        if batch_size in self._known_bytes:
+            return self._known_bytes[batch_size]
         self._meter.reset_peak()
         if self._units:
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -104,12 +110,25 @@ class StepProbe:
                 self._units = [self._copy(unit).train() for unit in units]
                 self._optimizers = [make_optimizer(unit, train, train.lr) for unit in self._units]
             self._meter.track(*self._units)
-            losses = self._step(2)  # makes the momentum; BatchNorm takes no batch of 1
+            self._make_momentum()
+            self._meter.reset_peak()
+            losses = self._step(_FIRST_BATCH)
+            if self._fakes is not None:
+                # A GPU's first step takes what no other does.
+                self._known_bytes[_FIRST_BATCH] = self._meter.peak_bytes - self._before_bytes
             resident_bytes = self._meter.current_bytes - self._before_bytes
             del losses
             return resident_bytes
         self._units, self._optimizers, self._frozen = [], [], None
         return self._more_than_device()
+
+    def _make_momentum(self) -> None:
+        with self._on_fakes(), self._meter:
+            for optimizer in self._optimizers:
+                for weight in optimizer.param_groups[0]["params"]:
+                    weight.grad = torch.zeros_like(weight)
+                optimizer.step()
+                optimizer.zero_grad()
 
     def _more_than_device(self) -> int:
         free_probes(self._device)

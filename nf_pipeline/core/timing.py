@@ -24,7 +24,7 @@ from nf_pipeline.core.user_code import user_code
 
 GRID = (2, 8, 32, 128)
 
-TIMING_S = 2.0
+TIMING_S = 1.0
 """Seconds that measuring a whole network takes, about: what all parts at all sizes share."""
 
 ONCE_S = 0.5
@@ -90,23 +90,29 @@ class StepTimer:
 
     def seconds(self, part_idx: int, batch_size: int) -> Seconds:
         """Returns what a batch takes a part, from the batch sizes around it that memory and time allow to measure."""
+        below = max((size for size in GRID if size <= batch_size), default=GRID[0])
+        above = min((size for size in GRID if size >= batch_size), default=GRID[-1])
+        self._reach(part_idx, GRID[0])
+        for size in (below, above):
+            self._reach(part_idx, size)
+        return _interpolate(self._measured[part_idx], batch_size)
+
+    def _reach(self, part_idx: int, size: int) -> None:
+        """Measures a size if memory and time allow; where it might take long those below first, to know better."""
         measured = self._measured[part_idx]
-        for size in GRID:
-            if size not in measured and self._is_measurable(part_idx, size):
-                self._measure(part_idx, size)
-            if size >= batch_size:
-                break
-        return _interpolate(measured, batch_size)
+        if size in measured:
+            return
+        below = GRID[: GRID.index(size)]
+        if below and below[-1] not in measured and not self._is_measurable(part_idx, size):
+            self._reach(part_idx, below[-1])
+        if not measured or self._is_measurable(part_idx, size):
+            self._measure(part_idx, size)
 
     def _is_measurable(self, part_idx: int, size: int) -> bool:
-        measured = self._measured[part_idx]
-        if not measured:
-            return True
-        if (part_idx, size) in self._too_large:
+        smaller = [known for known in self._measured[part_idx] if known < size]
+        if not smaller or (part_idx, size) in self._too_large or size > self._part(part_idx).largest_batch:
             return False
-        largest = max(measured)
-        expected_s = measured[largest].step * size / largest
-        return size <= self._part(part_idx).largest_batch and largest < size and expected_s <= ONCE_S
+        return self._measured[part_idx][max(smaller)].step * size / max(smaller) <= ONCE_S
 
     def _measure(self, part_idx: int, size: int) -> None:
         try:

@@ -67,7 +67,7 @@ def caching(job: PlanJob, cache: str) -> PlanJob:
 
 def draft_of(job: PlanJob) -> Draft:
     (proposal,) = propose(job.cfg.train, job.num_layers, job.memory.max_batch_size, lambda span, size: True)
-    return draft_plan(job, proposal)
+    return draft_plan(job, proposal, job.profile(proposal.spans))
 
 
 def times_of(job: PlanJob) -> TimeModel:
