@@ -7,14 +7,18 @@
 # make fuzz        much more bad input than `make test` tries: FUZZ_SECONDS (120) for each decoder, then properties
 # make lint        style and formatting
 # make bench       this project beside backpropagation at several budgets: a quarter of an hour on two cores, for
-#                  DATA=PATH with CIFAR-10 in any form that train reads; results in workflows/benchmarks/results/
+#                  DATA=PATH with CIFAR-10 in any form that train reads; results in workflows/benchmarks/results/;
+#                  BENCH_FLAGS='--seeds 3' repeats it with other seeds, 11 minutes each
 # make bench-gpu   the same with VGG-16, VGG-19 and ResNet-18 at 100 to 500 MiB of a GPU, full schedules; it ends
-#                  after BENCH_SECONDS (540): run it again and again, each call goes on where the last one ended
+#                  after BENCH_SECONDS (540): run it again and again, each call goes on where the last one ended.
+#                  It installs nothing and uses no network: BENCH_PYTHON must have torch, torchvision, pyarrow,
+#                  numpy, pillow, pydantic, click and safetensors; DATA is to be a path
 # make clean       remove .venv and caches (runs in nf-runs/ stay)
 #
 # Variables:
 #   PYTHON        interpreter that makes the virtual environment, 3.11 or newer
 #   VENV          where the virtual environment goes
+#   BENCH_PYTHON  interpreter of bench-gpu: that of VENV if it is there, else PYTHON
 #   TORCH         what pip installs first, when torch is not there yet. PyPI's Linux wheels carry CUDA
 #                 (about 5 GB installed); for a CPU build: TORCH='torch torchvision --index-url URL'
 #   DATA          images of the benchmarks
@@ -28,6 +32,7 @@ PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 BENCH_SECONDS ?= 540
+BENCH_PYTHON ?= $(or $(wildcard $(VENV)/bin/python),$(PYTHON))
 DATA ?= torchvision:CIFAR10:data
 FUZZ_SECONDS ?= 120
 TEST_PROCESSES ?= 2
@@ -109,12 +114,14 @@ format: $(INSTALLED_TEST)
 bench: $(INSTALLED)
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) --editable '.[bench]' || true
 	$(BIN)/nf-pipeline bench --data $(DATA) --models nf_pipeline.bench.networks:narrow_vgg16 \
-		--max-train-images 2000 --val-fraction 0.2 --epochs 5 --search-epochs 1 --search-tries 3 \
+		--max-train-images 2000 --val-fraction 0.2 --epochs 5 --search-seconds 5 --search-tries 3 --give-up 2 \
 		--output $(BENCH_OUTPUT) --work $(DEMO_STORE)/bench $(BENCH_FLAGS)
 
-bench-gpu: $(INSTALLED)
-	$(BIN)/nf-pipeline bench --device cuda --data $(DATA) --models vgg16_bn,vgg19_bn,resnet18 \
-		--budgets 100MiB,200MiB,300MiB,400MiB,500MiB --epochs 50 --augment crop_flip --search-epochs 3 \
+bench-gpu:
+	@$(BENCH_PYTHON) -c 'import torch, torchvision, pyarrow, numpy, PIL, pydantic, click, safetensors'
+	$(BENCH_PYTHON) -m nf_pipeline bench --device cuda --data $(DATA) --models vgg16_bn,vgg19_bn,resnet18 \
+		--budgets 100MiB,200MiB,300MiB,400MiB,500MiB --max-batch 256 --epochs 50 --augment crop_flip \
+		--search-seconds 30 --search-tries 3 \
 		--output $(BENCH_OUTPUT) --work $(DEMO_STORE)/bench-gpu --time-limit $(BENCH_SECONDS) $(BENCH_FLAGS)
 
 clean:

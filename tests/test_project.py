@@ -73,7 +73,9 @@ def test_readme_starts_with_the_two_commands():
     assert commands[0] == "make demo"
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-gpu", "test-faults", "soak", "lint", "bench", "clean"])
+@pytest.mark.parametrize(
+    "target", ["demo", "test", "test-gpu", "test-faults", "soak", "lint", "bench", "bench-gpu", "clean"]
+)
 def test_make_knows_target(target):
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

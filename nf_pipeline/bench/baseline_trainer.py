@@ -1,6 +1,6 @@
 """Trains a baseline: the pipeline's images, optimiser, schedule, meter and validation, another rule for the weights.
 
-Entry: `train_baseline`.
+Entries: `train_baseline`, `measure_epoch`.
 """
 
 import math
@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from nf_pipeline.bench.baseline_state import BaselineState
 from nf_pipeline.bench.baseline_step import baseline_step
 from nf_pipeline.bench.deadline import Deadline
-from nf_pipeline.bench.fit import MIN_BATCH, Fit, batch_sizes
+from nf_pipeline.bench.fit import MIN_BATCH, Fit, batch_sizes, free_cached
+from nf_pipeline.bench.images import bytes_per_pass
 from nf_pipeline.bench.methods import Method
 from nf_pipeline.bench.stopwatch import Stopwatch
 from nf_pipeline.bench.task import Task
@@ -27,14 +28,38 @@ from nf_pipeline.core.train_step import make_optimizer
 from nf_pipeline.worker.evaluate import count_correct
 from nf_pipeline.worker.feed import Augmentation, Feed, open_feed
 from nf_pipeline.worker.runtime import cap_device_memory, seed_everything, set_threads
-from nf_pipeline.worker.schedule import learning_rate, peak_learning_rate, warmup_steps
+from nf_pipeline.worker.schedule import peak_learning_rate, set_learning_rate
 from nf_pipeline.worker.train_block import METERED_STEPS
 
 Tell = Callable[[str], None]
 
+_WARM_IMAGES = 128
+_TIMED_IMAGES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """When a training ends before its schedule does.
+
+    Attributes:
+        seconds: it ends before an epoch that would pass them, unless it has reached the target.
+        target: validation accuracy.
+    """
+
+    seconds: float
+    target: float
+
 
 def train_baseline(
-    task: Task, method: Method, fit: Fit, *, folder: Path, deadline: Deadline, tell: Tell
+    task: Task,
+    method: Method,
+    fit: Fit,
+    *,
+    folder: Path,
+    deadline: Deadline,
+    tell: Tell,
+    limit: Limit | None = None,
+    with_test: bool = True,
 ) -> dict[str, Any] | None:
     """Trains to the end of the schedule, or as far as the time allows.
 
@@ -42,23 +67,45 @@ def train_baseline(
         fit: batch and segments, which fit the budget.
         folder: of the unfinished state.
         tell: gets a line per epoch.
+        limit: None trains to the end.
+        with_test: look at the test split, once, after the whole schedule.
 
     Returns:
         The result, see `_Trainer.result`; None if time ran out. Then the same call goes on.
     """
     state = BaselineState(folder)
+    free_cached(task.device)
     while True:
         began_with = state.load().micro_batch or fit.micro_batch
         fit = with_micro_batch(fit, method, began_with)
         try:
             trainer = _Trainer(task, method, fit, state)
-            return trainer.result() if trainer.train(deadline, tell) else None
+            return trainer.result(with_test=with_test) if trainer.train(deadline, tell, limit) else None
         except torch.OutOfMemoryError:
             if fit.micro_batch == MIN_BATCH:
                 raise
             fit = smaller(fit, method)
             tell(f"the device ran out of memory: again with batch {fit.micro_batch}")
             state.clear()
+
+
+def measure_epoch(task: Task, method: Method, fit: Fit, folder: Path) -> float:
+    """Returns the seconds of an epoch, without its validation, from some steps whose result is thrown away.
+
+    Args:
+        folder: holds no state.
+
+    Returns:
+        Infinity where a GPU's allocator refuses the batch that should fit: whoever trains then goes down from it.
+    """
+    trainer = _Trainer(task, method, fit, BaselineState(folder))
+    try:
+        trainer.train_images(_WARM_IMAGES)
+        began = time.monotonic()
+        num_images = trainer.train_images(_TIMED_IMAGES)
+    except torch.OutOfMemoryError:
+        return math.inf
+    return (time.monotonic() - began) / num_images * task.ingest.facts["split_rows"]["train"]
 
 
 def smaller(fit: Fit, method: Method) -> Fit:
@@ -92,10 +139,12 @@ class _Trainer:
         self._meter = measure_peak(self._device)
         self._meter.track(*self._units, *self._optimizers)
 
-    def train(self, deadline: Deadline, tell: Tell) -> bool:
-        """Trains epochs until the schedule, the time or the loss ends; returns whether the schedule is done."""
+    def train(self, deadline: Deadline, tell: Tell, limit: Limit | None) -> bool:
+        """Trains epochs until the schedule, the limit, the time or the loss ends; False if the time did."""
         watch, feed = Stopwatch(self._progress.spent), self._feed("train", augmented=True)
         while self._progress.epoch < self._config.epochs and math.isfinite(self._progress.loss):
+            if limit is not None and self._is_beyond(limit):
+                return True
             if self._progress.epoch_s and not deadline.leaves(self._progress.epoch_s[-1]):
                 return False
             self._epoch(watch, feed)
@@ -109,14 +158,21 @@ class _Trainer:
             self._state.save(done, self._units, self._optimizers)
         return True
 
-    def result(self) -> dict[str, Any]:
+    def train_images(self, num_images: int) -> int:
+        """Takes the steps of an epoch's first images, without a schedule; returns how many images there were."""
+        _, seen = self._train_batches(self._feed("train", augmented=True), 0, num_images)
+        return seen
+
+    def result(self, *, with_test: bool) -> dict[str, Any]:
         """Returns what came out; the test split is looked at here, once."""
         done, fit = self._progress, self._fit
         rows = self._task.ingest.facts["split_rows"]
         chosen = max(range(len(done.val_correct)), key=done.val_correct.__getitem__)
-        test = self._correct("test")
+        has_ended = done.epoch == self._config.epochs
+        test = self._correct("test") if with_test and has_ended else None
         return {
-            "status": "done" if math.isfinite(done.loss) else "diverged",
+            "status": ("done" if has_ended else "given up") if math.isfinite(done.loss) else "diverged",
+            "epochs": done.epoch,
             "batch_sizes": [fit.batch_size],
             "micro_batch": fit.micro_batch,
             "segment_layers": fit.segment_layers,
@@ -125,7 +181,7 @@ class _Trainer:
             "curve": done.curve,
             "train_s": done.spent.wall_s,
             "cpu_s": done.spent.cpu_s,
-            "read_bytes": done.spent.read_bytes,
+            "read_bytes": done.epoch * bytes_per_pass(self._task.ingest),
             "written_bytes": done.spent.written_bytes,
             "stored_bytes": 0,
             "epoch_s": statistics.median(done.epoch_s),
@@ -137,13 +193,19 @@ class _Trainer:
             "sessions": done.sessions,
         }
 
+    def _is_beyond(self, limit: Limit) -> bool:
+        done = self._progress
+        if not done.curve or max(accuracy for _, accuracy in done.curve) >= limit.target:
+            return False
+        return done.spent.wall_s + done.epoch_s[-1] > limit.seconds
+
     def _epoch(self, watch: Stopwatch, feed: Feed) -> None:
         watch.go()
         before, epoch = watch.spent(), self._progress.epoch
         seed_everything(self._config.seed, 0, epoch)
         began = time.monotonic()
-        loss = self._train_batches(feed, epoch)
-        rate = feed.num_rows / (time.monotonic() - began)
+        loss, num_images = self._train_batches(feed, epoch)
+        rate = num_images / (time.monotonic() - began)
         correct = self._correct("val")
         watch.stop()
         spent, accuracy = watch.spent(), max(correct) / self._task.ingest.facts["split_rows"]["val"]
@@ -159,16 +221,19 @@ class _Trainer:
             val_correct=tuple(correct),
         )
 
-    def _train_batches(self, feed: Feed, epoch: int) -> float:
+    def _train_batches(self, feed: Feed, epoch: int, max_images: int | None = None) -> tuple[float, int]:
+        """Returns the mean loss and how many images the optimiser's steps were taken on."""
         num_batches = feed.num_batches(even=True)
         num_parts = min(self._fit.batch_size // self._fit.micro_batch, num_batches)
         # Micro-batches that do not fill a step are left out, like the last short batch.
-        steps = num_batches // num_parts
+        steps, num_images = num_batches // num_parts, 0
+        if max_images is not None:
+            steps = max(1, min(steps, max_images // self._fit.batch_size))
         losses: list[torch.Tensor] = []
         batches = feed.batches(seed=self._config.seed, epoch=epoch, shuffle=True, even=True)
         for number, batch in zip(range(steps * num_parts), batches, strict=False):
             step, part = divmod(number, num_parts)
-            self._set_learning_rate(epoch * steps + step, steps)
+            set_learning_rate(self._optimizers, self._config, epoch * steps + step, steps, self._peak_lr)
             with self._metered(number):
                 batch.track(self._meter)
                 parts = {"num_parts": num_parts, "ends_step": part == num_parts - 1}
@@ -176,26 +241,16 @@ class _Trainer:
                 # take_x: no name here may keep the images alive while a later unit trains.
                 now = baseline_step(self._units, self._optimizers, batch.take_x(), batch.y_N, precision, **parts)
             losses.append(now[-1])
+            num_images += len(batch.y_N)
         if isinstance(batches, Generator):
             batches.close()
-        return float(torch.stack(losses).mean())
+        return float(torch.stack(losses).mean()), num_images
 
     def _metered(self, number: int) -> AbstractContextManager[object]:
         # As the pipeline does it: counting costs a CPU step some percent, and all steps hold the same tensors.
         num_parts = self._fit.batch_size // self._fit.micro_batch
         first = number < METERED_STEPS * num_parts
         return self._meter if first or self._device.type == "cuda" else nullcontext()
-
-    def _set_learning_rate(self, step: int, steps_per_epoch: int) -> None:
-        total = steps_per_epoch * self._config.epochs
-        lr = learning_rate(
-            step,
-            total_steps=total,
-            num_warmup_steps=warmup_steps(self._config.warmup_epochs, steps_per_epoch, total),
-            peak_lr=self._peak_lr,
-        )
-        for optimizer in self._optimizers:
-            optimizer.param_groups[0]["lr"] = lr
 
     def _correct(self, split: str) -> list[int] | None:
         if not self._task.ingest.shards.get(split):

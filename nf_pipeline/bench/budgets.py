@@ -1,32 +1,45 @@
 """The budgets of a comparison, from the smallest at which anything trains to where backpropagation has all it wants.
 
-Entry: `choose_budgets`.
+Entries: `choose_budgets`, `backprop_peaks`.
 """
 
+from collections.abc import Mapping
+
 from nf_pipeline.bench.fit import OUT_OF_MEMORY, FitProbe
-from nf_pipeline.bench.methods import METHODS
+from nf_pipeline.bench.methods import METHODS, REFERENCE
 from nf_pipeline.bench.task import Task
 from nf_pipeline.core.planner import make_plan
 from nf_pipeline.errors import PlanError
 
 _TIGHT_BATCHES = (2, 4, 16)
+_LARGE_BATCH = 256  # told although it may be above the largest that is trained
 _ROOM = 1.02  # as a person would set a limit: not to the byte
 _STEP = 2**16
 _DIFFERENT = 1.15
 
 
-def choose_budgets(task: Task) -> dict[str, int]:
+def backprop_peaks(task: Task) -> dict[int, int]:
+    """Returns what a step of plain backpropagation holds, in bytes, by batch; batches that no device holds are left
+    out."""
+    probe = FitProbe(task, METHODS[REFERENCE])
+    sizes = sorted({*_TIGHT_BATCHES, task.config.memory.max_batch_size, _LARGE_BATCH})
+    peaks = {size: probe.peak_bytes(size) for size in sizes}
+    return {size: peak for size, peak in peaks.items() if peak < OUT_OF_MEMORY}
+
+
+def choose_budgets(task: Task, peaks: Mapping[int, int]) -> dict[str, int]:
     """Computes budgets for a task's model.
+
+    Args:
+        peaks: see `backprop_peaks`.
 
     Returns:
         Bytes by what they are: "smallest" (the pipeline's), "backprop batch 2", ... up to the largest batch.
     """
-    probe = FitProbe(task, METHODS["bp"])
-    wanted = (*_TIGHT_BATCHES, task.config.memory.max_batch_size)
-    budgets = {f"backprop batch {size}": probe.peak_bytes(size) for size in wanted}
+    largest = task.config.memory.max_batch_size
+    budgets = {f"backprop batch {size}": peak for size, peak in peaks.items() if size <= largest}
     smallest = smallest_budget(task)
-    found = {"smallest": smallest} if smallest is not None else {}
-    return spread({**found, **{name: peak for name, peak in budgets.items() if peak < OUT_OF_MEMORY}})
+    return spread({**({"smallest": smallest} if smallest is not None else {}), **budgets})
 
 
 def smallest_budget(task: Task) -> int | None:

@@ -3,35 +3,41 @@
 Entry: `measure_cell`.
 """
 
-import json
-import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from nf_pipeline.bench.baseline_trainer import train_baseline
-from nf_pipeline.bench.budgets import choose_budgets
+from nf_pipeline.bench.baseline_trainer import Limit, measure_epoch, train_baseline
+from nf_pipeline.bench.budgets import backprop_peaks, choose_budgets
 from nf_pipeline.bench.cells import Cell, CellRequest
 from nf_pipeline.bench.deadline import Deadline
-from nf_pipeline.bench.fit import Fit, fit_method
+from nf_pipeline.bench.fit import Fit, fit_budgets
 from nf_pipeline.bench.images import images_folder, ingest_images, open_images, share_images
 from nf_pipeline.bench.inference import compare_inference
-from nf_pipeline.bench.lr_search import best_rate, next_rate
+from nf_pipeline.bench.lr_search import search_group
 from nf_pipeline.bench.methods import Method, method_named
-from nf_pipeline.bench.pipeline_runner import run_pipeline
+from nf_pipeline.bench.pipeline_runner import (
+    hand_plan,
+    plan_ahead,
+    plan_refused,
+    planned_epoch_s,
+    run_pipeline,
+)
 from nf_pipeline.bench.result_files import ResultFiles
 from nf_pipeline.bench.run_config import RUN, config_for
 from nf_pipeline.bench.task import Task
-from nf_pipeline.config import RunConfig, TrainConfig
+from nf_pipeline.bench.trials import Trials
+from nf_pipeline.config import RunConfig
 from nf_pipeline.core.exit_model import Normalise
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.profiler import count_params
-from nf_pipeline.documents import parse_json
+from nf_pipeline.documents import read_fields
+from nf_pipeline.errors import PlanError
 from nf_pipeline.model_files import load_model
+from nf_pipeline.units import format_bytes
 from nf_pipeline.worker.runtime import cap_device_memory, set_threads
 
 Tell = Callable[[str], None]
@@ -49,7 +55,7 @@ def measure_cell(request: CellRequest, tell: Tell) -> bool:
     """
     files = ResultFiles(Path(request.output))
     result = _Measurement(request, files, tell).run()
-    if result is not None:
+    if result is not None and files.finished(request.cell) is None:
         files.finish(request.cell, result, Path(request.work))
     return result is not None
 
@@ -70,7 +76,11 @@ class _Measurement:
         if self._cell.kind == "facts":
             return self._facts()
         if self._cell.kind == "budgets":
-            return {"status": "done", "budgets": choose_budgets(self._task(self._cell))}
+            facts = self._files.finished(Cell(kind="facts", model=self._cell.model)) or {}
+            peaks = {int(size): peak for size, peak in facts["backprop_peaks"].items()}
+            return {"status": "done", "budgets": choose_budgets(self._task(self._cell), peaks)}
+        if self._cell.kind == "fit":
+            return self._fits()
         return self._search() if self._cell.kind == "search" else self._train()
 
     def _facts(self) -> Result:
@@ -82,94 +92,84 @@ class _Measurement:
             "image_shape": facts["image_shape"],
             "num_classes": facts["num_classes"],
             "split_rows": facts["split_rows"],
+            "backprop_peaks": backprop_peaks(task),
         }
 
     def _train(self) -> Result | None:
-        method, folder = method_named(self._cell.method), self._work / self._cell.name
+        cell, method, folder = self._cell, method_named(self._cell.method), self._work / self._cell.name
         if method.family == "pipeline":
-            return self._pipeline(self._cell, folder, epochs=None)
-        task = self._task(self._cell)
-        began = time.monotonic()
-        fit = self._fit(task, method)
-        if not fit.micro_batch:
-            return _no_fit(fit)
-        choice_s = time.monotonic() - began
-        result = train_baseline(task, method, fit, folder=folder, deadline=self._deadline, tell=self._tell)
-        # Not part of its seconds: whoever trains by hand finds the batch by trial, at no known cost.
-        return result and {**result, "choice_s": choice_s}
+            config = config_for(self._settings, cell, folder)
+            share_images(self._images, folder)
+            result = run_pipeline(config, deadline=self._deadline, tell=self._tell)
+            if result is not None and result["status"] == "done":
+                result["inference"] = _inference(config, self._task(cell))
+            return result
+        fit = self._stored_fit()
+        self._tell(_batch_text(method, fit))
+        return train_baseline(
+            self._task(cell),
+            method,
+            fit,
+            folder=folder,
+            deadline=self._deadline,
+            tell=self._tell,
+            limit=None if cell.limit_s is None else Limit(seconds=cell.limit_s, target=cell.target or 1.0),
+        )
 
-    def _pipeline(self, cell: Cell, folder: Path, epochs: int | None) -> Result | None:
-        config = config_for(self._settings, cell, folder, epochs=epochs)
-        share_images(self._images, folder)
-        result = run_pipeline(config, deadline=self._deadline, tell=self._tell)
-        if result is not None and result["status"] == "done" and cell.kind == "train":
-            result["inference"] = _inference(config, self._task(cell))
-        return result
+    def _fits(self) -> Result:
+        """Finds the batches of all baselines at all budgets while it is at it; returns that of this cell."""
+        methods = dict.fromkeys((self._cell.method, *self._settings.methods))
+        budgets = dict.fromkeys((self._cell.budget_bytes, *self._settings.budgets))
+        for name in methods:
+            cells = [replace(self._cell, method=name, budget_bytes=budget) for budget in budgets]
+            missing = [cell for cell in cells if self._files.finished(cell) is None]
+            if missing and method_named(name).family != "pipeline":
+                self._fit_cells(method_named(name), missing)
+        return self._files.finished(self._cell) or {}
+
+    def _fit_cells(self, method: Method, cells: Sequence[Cell]) -> None:
+        for cell, fit in zip(cells, fit_budgets([self._task(cell) for cell in cells], method), strict=True):
+            self._tell(f"{method.title}, {format_bytes(cell.budget_bytes)}: {_batch_text(method, fit)}")
+            self._files.finish(cell, _fit_result(fit), self._work)
+
+    def _stored_fit(self) -> Fit:
+        found = self._files.finished(Cell(kind="fit", **_place(self._cell))) or {}
+        return read_fields(Fit, found.get("fit"))
 
     def _search(self) -> Result | None:
-        """Tries learning rates, one trial after the other; every trial that is finished is kept."""
         method, folder = method_named(self._cell.method), self._work / self._cell.name
-        fit, same = None, None
-        if method.family != "pipeline":
-            fit = self._fit(self._task(self._cell), method)
-            if not fit.micro_batch:
-                return _no_fit(fit)
-            same = self._same_batch(fit)
-        if same is not None:
-            return same
-        return self._trials(method, fit, folder)
+        trials = Trials(self._settings, folder, self._deadline, self._tell)
+        if method.family == "pipeline":
+            return self._search_pipeline(trials, folder)
+        fit = self._stored_fit()
+        self._tell(_batch_text(method, fit))
 
-    def _trials(self, method: Method, fit: Fit | None, folder: Path) -> Result | None:
-        trials = _read_trials(folder)
-        start, max_tries = TrainConfig().lr, self._settings.search_tries
-        while True:
-            scores = {trial["lr"]: trial["val_accuracy"] for trial in trials}
-            rate = next_rate(scores, start, max_tries)
-            if rate is None:
-                break
-            if trials and not self._deadline.leaves(trials[-1]["train_s"]):
-                return None
-            result = self._trial(replace(self._cell, lr=rate), method, fit, folder / f"lr-{rate:g}")
-            if result is None or result["status"] == "does not fit":
-                return result
-            trials.append(_trial_of(rate, result))
-            _write_trials(folder, trials)
-            shutil.rmtree(folder / f"lr-{rate:g}", ignore_errors=True)
-        return {
-            "status": "done",
-            "lr": best_rate(scores),
-            "batch_size": fit.batch_size if fit else None,
-            "epochs": self._settings.search_epochs,
-            "trials": trials,
-        }
+        def attempt(rate: float, epochs: int, own: Path) -> Result | None:
+            task = self._task(replace(self._cell, lr=rate), epochs=epochs)
+            options = {"folder": own, "deadline": self._deadline, "tell": self._tell}
+            return train_baseline(task, method, fit, with_test=False, **options)
 
-    def _trial(self, cell: Cell, method: Method, fit: Fit | None, folder: Path) -> Result | None:
-        self._tell(f"learning rate {cell.lr:g}")
-        if fit is None:
-            return self._pipeline(cell, folder, epochs=self._settings.search_epochs)
-        task = self._task(cell, epochs=self._settings.search_epochs)
-        return train_baseline(task, method, fit, folder=folder, deadline=self._deadline, tell=self._tell)
+        found = trials.run(lambda: measure_epoch(self._task(self._cell), method, fit, folder / "speed"), attempt)
+        group = search_group(method, fit.batch_size)
+        return found and {**found, "batch_size": fit.batch_size, "group": group}
 
-    def _same_batch(self, fit: Fit) -> Result | None:
-        """Returns what was found for the same method with the same batch at another budget."""
-        for document in self._files.all_finished():
-            other = Cell(**document["cell"])
-            if (other.kind, other.model, other.method) != ("search", self._cell.model, self._cell.method):
-                continue
-            if document["status"] == "done" and document["batch_size"] == fit.batch_size:
-                found = {name: value for name, value in document.items() if name != "cell"}
-                return {"same_as": other.name, **found}
-        return None
+    def _search_pipeline(self, trials: Trials, folder: Path) -> Result | None:
+        """Plans once, as the training will, and tries all rates with that plan."""
+        config = config_for(self._settings, self._cell, folder / "plan")
+        share_images(self._images, folder / "plan")
+        try:
+            planned = plan_ahead(config)
+        except PlanError as error:
+            return plan_refused(error)
 
-    def _fit(self, task: Task, method: Method) -> Fit:
-        fit = fit_method(task, method)
-        if fit.micro_batch:
-            self._tell(
-                f"batch {fit.batch_size}"
-                + (f" in parts of {fit.micro_batch}" if method.micro_batch else "")
-                + (f", segments of {fit.segment_layers} layers" if fit.segment_layers else "")
-            )
-        return fit
+        def attempt(rate: float, epochs: int, own: Path) -> Result | None:
+            changed = config_for(self._settings, replace(self._cell, lr=rate), own, epochs=epochs)
+            share_images(self._images, own)
+            hand_plan(planned, changed)
+            return run_pipeline(changed, deadline=self._deadline, tell=self._tell, with_model=False)
+
+        found = trials.run(lambda: planned_epoch_s(planned, self._settings.epochs), attempt)
+        return found and {**found, "batch_size": None, "group": ""}
 
     def _task(self, cell: Cell, *, epochs: int | None = None) -> Task:
         store, ingest = open_images(self._images)
@@ -189,23 +189,20 @@ def _inference(config: RunConfig, task: Task) -> dict[str, Any]:
     return compare_inference(models, task.image_shape, task.device)
 
 
-def _no_fit(fit: Fit) -> Result:
+def _fit_result(fit: Fit) -> Result:
+    if fit.micro_batch:
+        return {"status": "done", "fit": asdict(fit)}
     return {"status": "does not fit", "needs": "batch 2", "needs_bytes": fit.predicted_peak_bytes}
 
 
-def _trial_of(rate: float, result: Result) -> Result:
-    accuracy = result.get("best_val_accuracy", result.get("val_accuracy", 0.0))
-    score = accuracy if result["status"] == "done" else 0.0
-    return {"lr": rate, "val_accuracy": score, "train_s": result.get("train_s", 0.0)}
+def _batch_text(method: Method, fit: Fit) -> str:
+    if not fit.micro_batch:
+        return f"batch 2 needs {format_bytes(fit.predicted_peak_bytes)}"
+    parts = f" in parts of {fit.micro_batch}" if method.micro_batch else ""
+    return f"batch {fit.batch_size}{parts}" + (
+        f", segments of {fit.segment_layers} layers" if method.checkpointing else ""
+    )
 
 
-def _read_trials(folder: Path) -> list[Result]:
-    path = folder / "trials.json"
-    return list(parse_json(path.read_bytes())) if path.exists() else []
-
-
-def _write_trials(folder: Path, trials: Sequence[Result]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "trials.json.part"
-    partial.write_text(json.dumps(trials), encoding="utf8")
-    partial.replace(folder / "trials.json")
+def _place(cell: Cell) -> dict[str, Any]:
+    return {"model": cell.model, "method": cell.method, "budget_bytes": cell.budget_bytes}

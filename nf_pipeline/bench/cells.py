@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from nf_pipeline.bench.methods import REFERENCE
 from nf_pipeline.bench.settings import BenchSettings
 
 
@@ -16,24 +17,29 @@ class Cell:
     """One measurement, made by one process.
 
     Attributes:
-        kind: "facts" of a model and its images, "budgets" that suit it, "search" for a learning rate, or "train".
+        kind: "facts" of a model and its images, "budgets" that suit it, "fit" of a baseline's batch, "search" for a
+            learning rate, or "train".
         model: name of the network.
         method: key of `METHODS`; "" for facts and budgets.
         budget_bytes: 0 for facts and budgets.
         seed: of weights, split and order.
         lr: peak learning rate at batch 128, of a training.
+        limit_s: seconds after which a training ends that has not reached `target`; None trains to the end.
+        target: validation accuracy.
     """
 
-    kind: Literal["facts", "budgets", "search", "train"]
+    kind: Literal["facts", "budgets", "fit", "search", "train"]
     model: str
     method: str = ""
     budget_bytes: int = 0
     seed: int = 0
     lr: float | None = None
+    limit_s: float | None = None
+    target: float | None = None
 
     @property
     def name(self) -> str:
-        """Names its files; the learning rate follows from the search and is left out."""
+        """Names its files; learning rate and limit follow from other cells and are left out."""
         model = re.sub(r"[^A-Za-z0-9_]+", "-", self.model)
         if not self.method:
             return f"{self.kind}-{model}"
@@ -63,13 +69,15 @@ class CellRequest:
 def training_cells(settings: BenchSettings, budgets: Mapping[str, Sequence[int]]) -> Iterator[Cell]:
     """Yields every training: seed by seed, so that repetitions are interleaved and a first full table comes early.
 
-    Loose budgets come first: learning rates found there serve the tight ones, where steps are slow.
+    Loose budgets come first: learning rates found there serve the tight ones, where steps are slow. At every budget
+    plain backpropagation comes first: what it takes and reaches limits the other baselines.
 
     Args:
         budgets: bytes, by model.
     """
+    methods = sorted(settings.methods, key=lambda name: name != REFERENCE)
     for seed in range(settings.num_seeds):
         for model in settings.models:
             for budget in sorted(budgets[model], reverse=True):
-                for method in settings.methods:
+                for method in methods:
                     yield Cell(kind="train", model=model, method=method, budget_bytes=budget, seed=seed)

@@ -1,7 +1,7 @@
 """The batch with which a baseline fits the memory budget, by the meter that the pipeline plans with.
 
 On a CPU the steps run on fake tensors and nothing is allocated; on a GPU they really run, under the budget's cap.
-Entries: `fit_method`, `FitProbe`.
+Entries: `fit_method`, `fit_budgets`, `FitProbe`.
 """
 
 import gc
@@ -59,7 +59,7 @@ class FitProbe:
     def __init__(self, task: Task, method: Method, segment_layers: int = 0, cap_bytes: int | None = None) -> None:
         self._task, self._method, self._device = task, method, task.device
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True) if self._device.type == "cpu" else None
-        _free(self._device)
+        free_cached(self._device)
         cap_device_memory(self._device, cap_bytes)
         self._meter = measure_peak(self._device)
         with self._on_fakes():
@@ -69,16 +69,19 @@ class FitProbe:
             train = task.config.train
             self._optimizers = [make_optimizer(unit.train(), train, train.lr) for unit in self._units]
         self._meter.track(*self._units)
+        self._known: dict[tuple[str, int], int] = {}  # of fake tensors, which always take the same
 
     def peak_bytes(self, size: int) -> int:
         """Returns the peak of two optimiser steps, the second with momentum; `OUT_OF_MEMORY` if a GPU refuses."""
-        return self._peak_of(lambda: self._two_steps(size))
+        return self._peak_of(("train", size), lambda: self._two_steps(size))
 
     def val_peak_bytes(self, size: int) -> int:
         """Returns the peak of a forward pass without gradients, momentum included."""
-        return self._peak_of(lambda: self._validate(size))
+        return self._peak_of(("val", size), lambda: self._validate(size))
 
-    def _peak_of(self, run: Callable[[], None]) -> int:
+    def _peak_of(self, key: tuple[str, int], run: Callable[[], None]) -> int:
+        if key in self._known:
+            return self._known[key]
         self._meter.reset_peak()
         try:
             run()
@@ -87,7 +90,9 @@ class FitProbe:
         finally:
             for optimizer in self._optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            _free(self._device)
+            free_cached(self._device)
+        if self._fakes is not None:
+            self._known[key] = self._meter.peak_bytes
         return self._meter.peak_bytes
 
     def _two_steps(self, size: int) -> None:
@@ -119,20 +124,30 @@ class FitProbe:
 
 def fit_method(task: Task, method: Method) -> Fit:
     """Finds the largest batch whose step fits the task's budget, and the segments that allow it."""
-    length = choose_segments(task, method) if method.checkpointing else 0
+    return fit_budgets([task], method)[0]
+
+
+def fit_budgets(tasks: Sequence[Task], method: Method) -> list[Fit]:
+    """Finds them for tasks that differ in nothing but the budget: on a CPU what a step holds is looked at once."""
+    length = choose_segments(tasks[0], method) if method.checkpointing else 0
+    shared = FitProbe(tasks[0], method, length) if tasks[0].device.type == "cpu" else None
+    return [_fit(task, method, length, shared) for task in tasks]
+
+
+def _fit(task: Task, method: Method, length: int, shared: FitProbe | None) -> Fit:
     try:
-        fit = _fit_under_cap(task, method, length)
+        fit = _fit_under_cap(task, method, length, shared)
     except torch.OutOfMemoryError:  # a GPU refused the weights alone
         fit = Fit(micro_batch=0, batch_size=0, val_batch=0, segment_layers=length, predicted_peak_bytes=OUT_OF_MEMORY)
-    _free(task.device)
+    free_cached(task.device)
     if fit.predicted_peak_bytes == OUT_OF_MEMORY:
         fit = replace(fit, predicted_peak_bytes=FitProbe(task, method, length).peak_bytes(MIN_BATCH))
     return fit
 
 
-def _fit_under_cap(task: Task, method: Method, length: int) -> Fit:
+def _fit_under_cap(task: Task, method: Method, length: int, shared: FitProbe | None) -> Fit:
     budget, max_batch = task.budget_bytes, task.config.memory.max_batch_size
-    probe = FitProbe(task, method, length, budget)
+    probe = shared or FitProbe(task, method, length, budget)
     sizes = batch_sizes(max_batch, divide_reference=method.micro_batch)
     size, peak = largest_that_fits(sizes, budget, probe.peak_bytes)
     val_sizes = batch_sizes(max_batch, divide_reference=True)
@@ -179,7 +194,8 @@ def choose_segments(task: Task, method: Method) -> int:
     return min(peaks, key=peaks.__getitem__)
 
 
-def _free(device: torch.device) -> None:
+def free_cached(device: torch.device) -> None:
+    """Gives back what dead tensors of earlier trainings in this process hold of a GPU."""
     if device.type == "cuda":
         gc.collect()  # traced layers are reference cycles
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """Ingested images: read once per seed, then the same files for every cell.
 
-Entries: `ingest_images`, `share_images`.
+Entries: `ingest_images`, `share_images`, `bytes_per_pass`.
 """
 
 import contextlib
@@ -48,6 +48,14 @@ def open_images(folder: Path) -> tuple[Store, StageManifest]:
     """
     store = open_store(str(folder))
     return store, read_ingest(store, RunLayout(RUN))
+
+
+def bytes_per_pass(ingest: StageManifest) -> int:
+    """Returns the bytes of shards that an epoch goes through: those of the train and the validation split.
+
+    Whether they are read or mapped, from a disk or the page cache: it is what the batches are made of.
+    """
+    return sum(shard.num_bytes for split in ("train", "val") for shard in ingest.shards.get(split, ()))
 
 
 def share_images(source: Path, target: Path) -> None:

@@ -1,11 +1,37 @@
 """A small search for a learning rate: up or down by a constant factor while that helps.
 
-Pure: whoever calls it trains. Entry: `next_rate`.
+Pure: whoever calls it trains. Entries: `next_rate`, `search_group`.
 """
 
 from collections.abc import Mapping
 
+from nf_pipeline.bench.methods import Method
+
 FACTOR = 3.0
+
+
+def search_group(method: Method, batch_size: int | None) -> str:
+    """Names what shares one search: baselines whose optimiser takes the same steps.
+
+    Checkpointing changes no gradient, accumulated micro-batches are one batch (but for the statistics of batch norm),
+    and bf16 rounds the same ones; so what is left is the batch. Rates are given for batch 128 and follow the batch
+    linearly; batches between two powers of two differ by less than the step of the search.
+
+    Args:
+        batch_size: samples per optimiser step; None where a plan decides, which shares nothing.
+
+    Returns:
+        Its name; "" for a search of its own.
+    """
+    if batch_size is None:
+        return ""
+    low = 1 << (batch_size.bit_length() - 1)
+    return f"{method.family}, batch {low} to {2 * low - 1}"
+
+
+def epochs_for(seconds: float, epoch_s: float, max_epochs: int) -> int:
+    """Returns the schedule of one try: what fits the seconds, at least an epoch, at most the whole schedule."""
+    return max(1, min(max_epochs, round(seconds / max(epoch_s, 1e-9))))
 
 
 def next_rate(scores: Mapping[float, float], start: float, max_tries: int) -> float | None:

@@ -26,8 +26,15 @@ def describe_machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device == "cuda" else None,
-        "nf_pipeline": importlib.metadata.version("nf_pipeline"),
+        "nf_pipeline": _own_version(),
     }
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("nf_pipeline")
+    except importlib.metadata.PackageNotFoundError:  # run from a copy of the tree
+        return "not installed"
 
 
 def _cpu_name() -> str:

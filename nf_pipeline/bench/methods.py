@@ -12,6 +12,12 @@ from nf_pipeline.errors import ConfigError
 REFERENCE_BATCH = 128
 """Samples per optimiser step of methods that accumulate gradients; the batch that learning rates are meant for."""
 
+REFERENCE = "bp"
+"""The method whose final accuracy is the target, and whose seconds are what equal time means."""
+
+NEEDS_CLUSTER = "nf-pipelined"
+"""One of the default methods where there is a cluster to run it on."""
+
 Precision = Literal["fp32", "bf16"]
 
 
@@ -47,7 +53,7 @@ METHODS: dict[str, Method] = {
     "dgl": Method(title="DGL, 256-filter heads", family="dgl"),
     "nf-layer": Method(title="nf-pipeline, layer by layer", family="pipeline", changes={"train.local": "layer"}),
     "nf-block": Method(title="nf-pipeline, blocks", family="pipeline", changes={"train.local": "block"}),
-    "nf-pipelined": Method(
+    NEEDS_CLUSTER: Method(
         title="nf-pipeline, pipelined",
         family="pipeline",
         changes={"train.mode": "pipelined", "cluster.executor": "ray"},

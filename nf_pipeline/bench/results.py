@@ -8,12 +8,12 @@ import datetime
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from nf_pipeline.bench.choices import compare_choices
 from nf_pipeline.bench.curves import accuracy_at, spread_of, time_to
-from nf_pipeline.bench.methods import METHODS
+from nf_pipeline.bench.methods import METHODS, REFERENCE
 from nf_pipeline.bench.settings import BenchSettings
 
-FORMAT_VERSION = 1
-REFERENCE = "bp"
+FORMAT_VERSION = 2
 _MEDIANS = (
     "train_s",
     "cpu_s",
@@ -66,6 +66,7 @@ def _model(facts: Document, chosen: Iterable[Document], trained: Iterable[Docume
         **{key: value for key, value in facts.items() if key not in ("cell", "status")},
         "budgets": named[0] if named else {},
         "rows": [row for budget in budgets for row in _rows(budget, own)],
+        "choices": compare_choices(own),
     }
 
 
@@ -81,6 +82,7 @@ def _row(budget: int, method: str, own: Sequence[Document]) -> Document:
     row = {"budget_bytes": budget, "method": method, "status": first["status"], "num_seeds": len(repeated)}
     if first["status"] == "does not fit":
         return {**row, "needs": first["needs"], "needs_bytes": first["needs_bytes"]}
+    row["epochs"] = [document["epochs"] for document in repeated if document["status"] == "given up"]
     done = [document for document in repeated if "curve" in document]
     targets = [target_of(document, own) for document in done]
     limits = [equal_time(document, own) for document in done]
@@ -99,23 +101,29 @@ def _row(budget: int, method: str, own: Sequence[Document]) -> Document:
 
 def target_of(document: Document, own: Sequence[Document]) -> float | None:
     """Returns the accuracy that a training is to reach: backpropagation's, with the same seed."""
-    reference = _reference(document, own)
+    reference = reference_for(document["cell"], own)
     return reference["val_accuracy"] if reference else None
 
 
 def equal_time(document: Document, own: Sequence[Document]) -> float | None:
     """Returns the seconds after which the methods of a budget are compared: backpropagation's whole schedule."""
-    reference = _reference(document, own)
+    reference = reference_for(document["cell"], own)
     return reference["train_s"] if reference else None
 
 
-def _reference(document: Document, own: Sequence[Document]) -> Document | None:
-    """Finds backpropagation at the same budget, or at the smallest one where it trains."""
-    cell = document["cell"]
+def reference_for(cell: Document, own: Sequence[Document]) -> Document | None:
+    """Finds backpropagation with a cell's seed at the same budget, or at the smallest larger one where it trains.
+
+    Args:
+        cell: as it stands in its document.
+        own: documents of the model.
+    """
     trained = [
         other
         for other in own
-        if other["cell"]["method"] == REFERENCE and other["cell"]["seed"] == cell["seed"] and "curve" in other
+        if (other["cell"]["kind"], other["cell"]["method"], other["cell"]["seed"])
+        == ("train", REFERENCE, cell["seed"])
+        and "curve" in other
     ]
     same = [other for other in trained if other["cell"]["budget_bytes"] == cell["budget_bytes"]]
     larger = [other for other in trained if other["cell"]["budget_bytes"] > cell["budget_bytes"]]

@@ -27,8 +27,11 @@ class BenchSettings:
         device: "cpu" or "cuda".
         num_threads: CPU threads of every method.
         max_batch: batches never grow beyond this.
-        search_epochs: schedule of the search for a learning rate; 0 searches nothing and takes the default.
-        search_tries: learning rates tried at most, per method and batch size.
+        search_seconds: training of one try in the search for a learning rate, at least an epoch, at most the whole
+            schedule; 0 searches nothing and takes the default.
+        search_tries: learning rates tried at most, per search.
+        give_up: a baseline ends when it has taken so many times the seconds of backpropagation's whole schedule at
+            this budget and not reached its accuracy; None trains all to the end.
         address: Ray cluster of the methods that need one; None starts a local one.
     """
 
@@ -44,8 +47,9 @@ class BenchSettings:
     device: str = "cpu"
     num_threads: int = 1
     max_batch: int = 128
-    search_epochs: int = 2
+    search_seconds: float = 8.0
     search_tries: int = 5
+    give_up: float | None = None
     address: str | None = None
 
     def public(self) -> dict[str, Any]:

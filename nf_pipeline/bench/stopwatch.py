@@ -1,4 +1,4 @@
-"""Seconds, CPU seconds and bytes read and written while something trains, summed over several processes.
+"""Seconds, CPU seconds and bytes written while something trains, summed over several processes.
 
 Entry class: `Stopwatch`.
 """
@@ -17,12 +17,11 @@ class Spent:
     Attributes:
         wall_s: seconds.
         cpu_s: seconds of all threads of the process.
-        read_bytes, written_bytes: through system calls, page cache included; 0 where the system does not say.
+        written_bytes: through system calls, page cache included; 0 where the system does not say.
     """
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
-    read_bytes: int = 0
     written_bytes: int = 0
 
 
@@ -54,22 +53,19 @@ class Stopwatch:
         return Spent(
             wall_s=before.wall_s + now.wall_s - since.wall_s,
             cpu_s=before.cpu_s + now.cpu_s - since.cpu_s,
-            read_bytes=before.read_bytes + now.read_bytes - since.read_bytes,
             written_bytes=before.written_bytes + now.written_bytes - since.written_bytes,
         )
 
 
 def _now() -> Spent:
-    read_bytes, written_bytes = _moved_bytes()
-    return Spent(
-        wall_s=time.monotonic(), cpu_s=time.process_time(), read_bytes=read_bytes, written_bytes=written_bytes
-    )
+    return Spent(wall_s=time.monotonic(), cpu_s=time.process_time(), written_bytes=_written_bytes())
 
 
-def _moved_bytes() -> tuple[int, int]:
-    # https://docs.kernel.org/filesystems/proc.html: rchar and wchar count what read and write calls moved.
+def _written_bytes() -> int:
+    # https://docs.kernel.org/filesystems/proc.html: wchar counts what write calls moved. What is read is
+    # mostly mapped, and no call tells: see `images.bytes_per_pass`.
     try:
         counts = dict(line.split(": ") for line in _PROCESS_IO.read_text().splitlines())
     except OSError:  # not Linux
-        return 0, 0
-    return int(counts["rchar"]), int(counts["wchar"])
+        return 0
+    return int(counts["wchar"])

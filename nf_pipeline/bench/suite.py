@@ -14,10 +14,11 @@ from typing import Any
 
 from nf_pipeline.bench.cells import Cell, CellRequest, training_cells
 from nf_pipeline.bench.deadline import Deadline
+from nf_pipeline.bench.lr_search import search_group
 from nf_pipeline.bench.machine import describe_machine
-from nf_pipeline.bench.methods import DEFAULT_METHODS, method_named
+from nf_pipeline.bench.methods import DEFAULT_METHODS, METHODS, REFERENCE, method_named
 from nf_pipeline.bench.result_files import ResultFiles
-from nf_pipeline.bench.results import make_document
+from nf_pipeline.bench.results import make_document, reference_for
 from nf_pipeline.bench.run_config import config_for
 from nf_pipeline.bench.settings import BenchSettings
 from nf_pipeline.bench.tables import render_results
@@ -90,13 +91,14 @@ class _Suite:
     ) -> None:
         self._settings, self._files, self._work, self._deadline = settings, files, work, deadline
         self._is_quiet, self._tell = tell is None, tell or _ignore
+        self._sizes: dict[str, tuple[int, ...]] = {}
         self.failed: list[str] = []
         self.num_missing = 0
 
     def measure(self) -> None:
         """Measures every cell that is not finished."""
-        budgets = {model: self._budgets(model) for model in self._settings.models}
-        cells = list(training_cells(self._settings, budgets))
+        self._sizes = {model: self._budgets(model) for model in self._settings.models}
+        cells = list(training_cells(self._settings, self._sizes))
         for position, cell in enumerate(cells):
             self._tell(f"[{position + 1}/{len(cells)}] {cell.name}")
             self._train(cell)
@@ -110,15 +112,39 @@ class _Suite:
         return tuple(found["budgets"].values()) if found else ()
 
     def _train(self, cell: Cell) -> None:
+        """Measures a training after what it needs: the batch that fits, a learning rate, and a limit."""
         if self._files.finished(cell) is not None:
             return
-        if self._settings.search_epochs:
-            search = self._finish(replace(cell, kind="search", seed=0))
-            if search is None:
-                self.num_missing += 1
-                return
-            cell = replace(cell, lr=search.get("lr"))
-        self._finish(cell)
+        found: dict[str, Any] | None = {}
+        if METHODS[cell.method].family != "pipeline":
+            found = self._finish(replace(cell, kind="fit", seed=0))
+        if found is not None and found.get("status") != "does not fit" and self._settings.search_seconds:
+            found = self._search(cell, found)
+        if found is None:
+            self.num_missing += 1
+        elif found.get("status") == "does not fit":
+            refused = {name: found[name] for name in ("status", "needs", "needs_bytes")}
+            self._files.finish(cell, refused, self._work)
+        else:
+            self._finish(replace(cell, lr=found.get("lr"), **self._limit(cell)))
+
+    def _search(self, cell: Cell, fit: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns the search that a cell goes by: one of its group, whichever method or budget that was made for."""
+        group = search_group(METHODS[cell.method], fit["fit"]["batch_size"] if fit else None)
+        for found in self._files.all_finished() if group else ():
+            other = found["cell"]
+            if (other["kind"], other["model"], found.get("group")) == ("search", cell.model, group):
+                return found
+        return self._finish(replace(cell, kind="search", seed=0))
+
+    def _limit(self, cell: Cell) -> dict[str, float]:
+        """Returns how long a baseline may go on without backpropagation's accuracy; nothing where it may for ever."""
+        factor = self._settings.give_up
+        if factor is None or cell.method == REFERENCE or METHODS[cell.method].family == "pipeline":
+            return {}
+        trained = [found for found in self._files.all_finished() if found["cell"]["model"] == cell.model]
+        reference = reference_for(asdict(cell), trained)
+        return {"limit_s": factor * reference["train_s"], "target": reference["val_accuracy"]} if reference else {}
 
     def _finish(self, cell: Cell) -> dict[str, Any] | None:
         """Returns a cell's document, measured now if it is not there; None if there is no time or it failed."""
@@ -126,14 +152,15 @@ class _Suite:
         if found is None and self._deadline.left_s > _SHORTEST_S:
             self._run(cell)
             found = self._files.finished(cell)
-        if found is None and cell.kind != "search":
+        if found is None and cell.kind not in ("fit", "search"):
             self.num_missing += 1
         return found
 
     def _run(self, cell: Cell) -> None:
         left = min(LONGEST_CELL_S, self._deadline.left_s - _CLOSING_S)
+        settings = replace(self._settings, budgets=self._sizes.get(cell.model, self._settings.budgets))
         request = CellRequest(
-            settings=self._settings, cell=cell, output=str(self._files.output), work=str(self._work), seconds=left
+            settings=settings, cell=cell, output=str(self._files.output), work=str(self._work), seconds=left
         )
         command = [sys.executable, "-m", "nf_pipeline", "bench-cell", *(["--quiet"] if self._is_quiet else [])]
         try:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from nf_pipeline.bench.methods import METHODS
+from nf_pipeline.bench.methods import METHODS, REFERENCE
+from nf_pipeline.bench.notes import explain
 from nf_pipeline.bench.settings import short_name
 from nf_pipeline.units import format_bytes
 
@@ -17,7 +18,7 @@ def render_results(document: Document) -> str:
     Args:
         document: see `nf_pipeline.bench.results.make_document`.
     """
-    parts = [_heading(document)]
+    parts = [*explain(document)]
     for model in document["models"]:
         cells = [cell for cell in document["cells"] if cell["cell"]["model"] == model["model"]]
         searches = [search for search in document["searches"] if search["cell"]["model"] == model["model"]]
@@ -26,6 +27,8 @@ def render_results(document: Document) -> str:
             _model_text(model),
             "### Seconds to the accuracy that backpropagation reaches",
             time_table(model["rows"]),
+            "### The planner's choice beside the best baseline, whole schedules",
+            choice_table(model["choices"]),
             *(part for budget in _budgets(model) for part in _budget_part(model, budget)),
             "### Where the pipeline's seconds go, and what was predicted",
             _pipeline_table(cells),
@@ -52,42 +55,52 @@ def time_table(rows: Sequence[Document]) -> str:
         here = [at.get((budget, name)) for name in methods]
         targets = next((row["targets"] for row in here if row and row.get("targets")), [])
         shown = "-" if not targets or targets[0] is None else " ".join(f"{100 * target:.1f} %" for target in targets)
-        lines.append([format_bytes(budget), shown, *(_time_cell(row) for row in here), *_speed_ups(here)])
+        lines.append([_size(budget), shown, *(_time_cell(row) for row in here), *_speed_ups(here)])
     titles = (*(METHODS[name].title for name in methods), "faster than backprop", "than the best other")
     return markdown_table(["budget", "target", *titles], lines)
 
 
+def choice_table(choices: Sequence[Document]) -> str:
+    """Formats seconds and ratios of the pipeline to the baseline with the shortest schedule: a line per budget."""
+    lines = [
+        [
+            _size(choice["budget_bytes"]),
+            ", ".join(map(str, dict.fromkeys(choice["num_blocks"]))),
+            _spread(choice["seconds"], "{:.1f}"),
+            _spread(choice["planning_s"], "{:.1f}"),
+            METHODS[choice["baseline"]].title if choice["baseline"] else "none runs",
+            _spread(choice["baseline_s"], "{:.1f}") or "-",
+            _spread(choice["ratio"], "{:.2f}") or "-",
+            _spread(choice["ratio_without_planning"], "{:.2f}") or "-",
+            _spread(choice["predicted_over_measured_s"], "{:.2f}") or "-",
+            _spread(choice["predicted_over_measured_peak"], "{:.3f}") or "-",
+        ]
+        for choice in choices
+    ]
+    titles = (
+        *("budget", "blocks", "nf-pipeline s", "of it planning", "best baseline", "its s", "ratio"),
+        *("ratio without planning", "predicted / measured s", "predicted / measured peak"),
+    )
+    return markdown_table(titles, lines) if lines else "Nothing yet."
+
+
 def _speed_ups(rows: Sequence[Document | None]) -> Row:
     """Returns how many times faster this project's default is than plain backpropagation and the fastest other."""
+    cannot_run = any(row and row["method"] == REFERENCE and row["status"] == "does not fit" for row in rows)
     seconds = {row["method"]: row["time_to_target_s"][0] for row in rows if row and row.get("time_to_target_s")}
     others = [value for name, value in seconds.items() if METHODS[name].family != "pipeline"]
-    compared = (seconds.get("bp"), min(others, default=None))
+    compared = (seconds.get(REFERENCE), min(others, default=None))
     own = seconds.get("nf")
-    return ["-" if other is None or not own else f"{other / own:.2f}x" for other in compared]
-
-
-def _heading(document: Document) -> str:
-    machine, settings = document["machine"], document["settings"]
-    lines = [
-        f"# Benchmark: {machine['device']}",
-        f"{document['date']}, {machine['cpu']}, {settings['num_threads']} of {machine['cores']} cores, "
-        f"python {machine['python']}, torch {machine['torch']}, nf_pipeline {machine['nf_pipeline']}.",
-        f"Data {short_name(settings['data'])}, {settings['max_train_images'] or 'all'} training images, "
-        f"augmentation {settings['augment']}, {settings['epochs']} epochs (the pipeline: per block), "
-        f"{settings['num_seeds']} seeds; medians, smallest and largest in brackets.",
-        "Seconds hold training and a validation after every epoch; the pipeline's hold profiling, planning, caching "
-        "and loading too. Reading the data set, the search for a learning rate and the test are in nobody's. The "
-        "pipeline's accuracy at a time is that of its best exit so far; the exit that it keeps may be up to "
-        "`exits.tolerance` (0.5 points) below. Bytes read leave out what is mapped: shards after the first epoch.",
-    ]
-    return "\n\n".join(lines)
+    shown = ["-" if other is None or not own else f"{other / own:.2f}x" for other in compared]
+    return ["backprop cannot run", shown[1]] if cannot_run else shown
 
 
 def _model_text(model: Document) -> str:
     rows = model["split_rows"]
+    peaks = [f"{_size(peak)} at batch {size}" for size, peak in model.get("backprop_peaks", {}).items()]
     return (
         f"{model['params']:,} weights, {rows['train']:,} images to train, {rows['val']:,} to validate, "
-        f"{rows.get('test', 0):,} to test."
+        f"{rows.get('test', 0):,} to test." + (f" Backpropagation holds {', '.join(peaks)}." if peaks else "")
     )
 
 
@@ -98,14 +111,14 @@ def _budgets(model: Document) -> list[int]:
 def _budget_part(model: Document, budget: int) -> list[str]:
     rows = [row for row in model["rows"] if row["budget_bytes"] == budget]
     names = [name for name, num_bytes in model["budgets"].items() if num_bytes == budget]
-    title = f"### {format_bytes(budget)}" + (f" ({names[0]})" if names else "")
+    title = f"### {_size(budget)}" + (f" ({names[0]})" if names else "")
     return [title, _detail_table(rows)]
 
 
 def _detail_table(rows: Sequence[Document]) -> str:
     titles = (
         *("method", "batch", "lr", "peak", "seconds", "to target", "at equal time", "val", "test"),
-        *("s/epoch", "images/s", "stored", "read + written", "parameters"),
+        *("s/epoch", "images/s", "stored", "read", "written", "parameters"),
     )
     return markdown_table(titles, [_detail(row) for row in rows])
 
@@ -113,26 +126,33 @@ def _detail_table(rows: Sequence[Document]) -> str:
 def _detail(row: Document) -> Row:
     title = METHODS[row["method"]].title
     if row["status"] == "does not fit":
-        return [title, f"does not fit: {row['needs']} needs {format_bytes(row['needs_bytes'])}", *[""] * 12]
+        return [title, f"does not fit: {row['needs']} needs {_size(row['needs_bytes'])}", *[""] * 13]
     if row["train_s"] is None:
-        return [title, row["status"], *[""] * 12]
-    moved = [(row[name] or [0])[0] for name in ("read_bytes", "written_bytes")]
+        return [title, row["status"], *[""] * 13]
     return [
         title,
         _batch(row),
         f"{row['lr']:g}",
-        format_bytes(row["measured_peak_bytes"][0]),
+        f"{_size(row['measured_peak_bytes'][0])}, {row['measured_peak_bytes'][0] / row['budget_bytes']:.0%}",
         _spread(row["train_s"], "{:.1f}"),
-        _spread(row["time_to_target_s"], "{:.1f}") or "not reached",
+        _spread(row["time_to_target_s"], "{:.1f}") or ("not reached" if _has_target(row) else "-"),
         _percent(row["accuracy_after_equal_time"]),
-        _percent(row["val_accuracy"]),
+        _percent(row["val_accuracy"]) + _given_up(row),
         _percent(row["test_accuracy"]),
         _spread(row["epoch_s"], "{:.2f}"),
         _spread(row["images_per_s"], "{:,.0f}"),
-        format_bytes((row["stored_bytes"] or [0])[0]),
-        format_bytes(sum(moved)),
+        *(_moved(row[name]) for name in ("stored_bytes", "read_bytes", "written_bytes")),
         f"{row['params'][0]:,.0f}",
     ]
+
+
+def _given_up(row: Document) -> str:
+    epochs = sorted(set(row["epochs"]))
+    return f", given up after {' or '.join(map(str, epochs))} epochs" if epochs else ""
+
+
+def _moved(values: Sequence[float] | None) -> str:
+    return "-" if values is None else _size(values[0])
 
 
 def _batch(row: Document) -> str:
@@ -145,36 +165,41 @@ def _time_cell(row: Document | None) -> str:
     if row is None:
         return ""
     if row["status"] == "does not fit":
-        return f"needs {format_bytes(row['needs_bytes'])}"
-    return _spread(row.get("time_to_target_s"), "{:.1f} s") or "not reached"
+        return f"needs {_size(row['needs_bytes'])}"
+    reached = _spread(row.get("time_to_target_s"), "{:.1f} s")
+    if reached or not row.get("train_s"):
+        return reached or row["status"]
+    return f"not in {row['train_s'][0]:.1f} s" if _has_target(row) else "-"
+
+
+def _has_target(row: Document) -> bool:
+    return any(target is not None for target in row["targets"])
+
+
+def _size(num_bytes: float) -> str:
+    return format_bytes(int(num_bytes))
 
 
 def _pipeline_table(cells: Sequence[Document]) -> str:
-    lines = []
-    for document in cells:
-        if "parts" not in document:
-            continue
-        cell, plan = document["cell"], document["plan"]
-        predicted = plan["predicted_s"]
-        lines.append(
-            [
-                METHODS[cell["method"]].title,
-                format_bytes(cell["budget_bytes"]),
-                str(cell["seed"]),
-                *(f"{seconds:.1f}" for seconds in document["parts"].values()),
-                "-" if predicted is None else f"{predicted:.1f}",
-                f"{plan['measured_s']:.1f}",
-                format_bytes(document["predicted_peak_bytes"]),
-                format_bytes(document["measured_peak_bytes"]),
-                _blocks(plan),
-                f"{document['exit_layer']}{', stopped early' if document['stopped_early'] else ''}",
-            ]
-        )
     titles = (
-        *("method", "budget", "seed", "profiling and planning", "training", "caching", "loading", "other"),
+        *("profiling and planning", "training", "caching", "loading", "other"),
         *("predicted s", "measured s", "predicted peak", "measured peak", "layers x units", "exit"),
     )
-    return markdown_table(titles, lines) if lines else "Nothing yet."
+    return _run_table(titles, [(document, _parts(document)) for document in cells if "parts" in document])
+
+
+def _parts(document: Document) -> Row:
+    plan = document["plan"]
+    predicted = plan["predicted_s"]
+    return [
+        *(f"{seconds:.1f}" for seconds in document["parts"].values()),
+        "-" if predicted is None else f"{predicted:.1f}",
+        f"{plan['measured_s']:.1f}",
+        _size(document["predicted_peak_bytes"]),
+        _size(document["measured_peak_bytes"]),
+        _blocks(plan),
+        f"{document['exit_layer']}{', stopped early' if document['stopped_early'] else ''}",
+    ]
 
 
 def _blocks(plan: Document) -> str:
@@ -183,29 +208,28 @@ def _blocks(plan: Document) -> str:
 
 
 def _inference_table(cells: Sequence[Document]) -> str:
+    titles = ("parameters", "full", "fewer", "images/s at batch 128", "at batch 1", "points from the best exit")
+    return _run_table(titles, [(document, _inference(document)) for document in cells if "inference" in document])
+
+
+def _inference(document: Document) -> Row:
+    rates, full = document["inference"], document["params_full"]
+    return [
+        f"{document['params']:,}",
+        f"{full:,}",
+        f"{full / document['params']:.1f}x",
+        *(_rate_text(rates[size]) for size in ("batch 128", "batch 1")),
+        f"{100 * (document['val_accuracy'] - document['best_val_accuracy']):+.1f}",
+    ]
+
+
+def _run_table(titles: Row, runs: Sequence[tuple[Document, Row]]) -> str:
+    """Formats a table with a line per run: which one it was, then what is to be said of it."""
     lines = []
-    for document in cells:
-        if "inference" not in document:
-            continue
-        cell, full = document["cell"], document["params_full"]
-        rates = document["inference"]
-        lines.append(
-            [
-                METHODS[cell["method"]].title,
-                format_bytes(cell["budget_bytes"]),
-                str(cell["seed"]),
-                f"{document['params']:,}",
-                f"{full:,}",
-                f"{full / document['params']:.1f}x",
-                *(_rate_text(rates[size]) for size in ("batch 128", "batch 1")),
-                f"{100 * (document['val_accuracy'] - document['best_val_accuracy']):+.1f}",
-            ]
-        )
-    titles = (
-        *("method", "budget", "seed", "parameters", "full", "fewer"),
-        *("images/s at batch 128", "at batch 1", "points from the best exit"),
-    )
-    return markdown_table(titles, lines) if lines else "Nothing yet."
+    for document, values in runs:
+        cell = document["cell"]
+        lines.append([METHODS[cell["method"]].title, _size(cell["budget_bytes"]), str(cell["seed"]), *values])
+    return markdown_table(["method", "budget", "seed", *titles], lines) if lines else "Nothing yet."
 
 
 def _rate_text(rates: Document) -> str:
@@ -215,20 +239,25 @@ def _rate_text(rates: Document) -> str:
 def _search_table(searches: Sequence[Document]) -> str:
     lines = []
     for search in sorted(searches, key=lambda found: (found["cell"]["method"], found["cell"]["budget_bytes"])):
-        if search["status"] != "done" or "same_as" in search:
+        if search["status"] != "done":
             continue
         trials = sorted(search["trials"], key=lambda trial: trial["lr"])
         lines.append(
             [
                 METHODS[search["cell"]["method"]].title,
-                format_bytes(search["cell"]["budget_bytes"]),
+                _size(search["cell"]["budget_bytes"]),
                 str(search["batch_size"] or "by plan"),
+                search["group"] or "this one",
+                str(search["epochs"]),
                 ", ".join(f"{trial['lr']:g}: {100 * trial['val_accuracy']:.1f} %" for trial in trials),
                 f"{search['lr']:g}",
                 f"{sum(trial['train_s'] for trial in trials):.0f}",
             ]
         )
-    titles = ("method", "budget", "batch", "rate at batch 128: validation accuracy", "taken", "seconds, not counted")
+    titles = (
+        *("searched with", "budget", "batch", "serves", "epochs of a try"),
+        *("rate at batch 128: validation accuracy", "taken", "seconds, not counted"),
+    )
     return markdown_table(titles, lines) if lines else "None: all methods train at the default rate."
 
 

@@ -41,7 +41,7 @@ class _Listed(click.ParamType):
     type=_Listed(),
     metavar="NAME,...",
     help="Of nf, nf-layer, nf-block, nf-pipelined, bp, bp-ckpt, bp-micro, bp-both, bp-bf16, dgl.  [default: all but "
-    "nf-layer, nf-block and nf-pipelined]",
+    "nf-layer and nf-block; nf-pipelined only with --address]",
 )
 @click.option(
     "--budgets",
@@ -71,13 +71,20 @@ class _Listed(click.ParamType):
 @click.option("--num-threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all]")
 @click.option("--max-batch", type=click.IntRange(2, 65536), default=128, show_default=True, help="Largest batch.")
 @click.option(
-    "--search-epochs",
-    type=click.IntRange(0),
-    default=2,
+    "--search-seconds",
+    type=click.FloatRange(0),
+    default=8.0,
     show_default=True,
-    help="Schedule of the search for each method's learning rate; 0 for none.",
+    help="Training of one try in the search for a learning rate, at least an epoch; 0 for no search.",
 )
 @click.option("--search-tries", type=click.IntRange(1, 20), default=5, show_default=True, help="Rates tried at most.")
+@click.option(
+    "--give-up",
+    type=click.FloatRange(min=1),
+    metavar="FACTOR",
+    help="End a baseline that has taken so many times backpropagation's seconds and not reached its accuracy.  "
+    "[default: train all to the end]",
+)
 @click.option("--address", metavar="A", help="Ray cluster for nf-pipelined.  [default: a local one]")
 @click.option(
     "--output",
@@ -138,7 +145,7 @@ def bench_cell_command(request_json: str, quiet: bool) -> None:
 
 
 def _settings(given: dict[str, Any]) -> Any:
-    from nf_pipeline.bench.methods import DEFAULT_METHODS
+    from nf_pipeline.bench.methods import DEFAULT_METHODS, NEEDS_CLUSTER
     from nf_pipeline.bench.settings import BenchSettings
     from nf_pipeline.data.sources import absolute_source
     from nf_pipeline.host import available_threads
@@ -147,7 +154,7 @@ def _settings(given: dict[str, Any]) -> Any:
     sizes = given.pop("budgets")
     return BenchSettings(
         budgets=() if sizes == ("auto",) else tuple(_bytes(size) for size in sizes),
-        methods=given.pop("methods") or DEFAULT_METHODS,
+        methods=given.pop("methods") or (*DEFAULT_METHODS, *([NEEDS_CLUSTER] if given["address"] else [])),
         num_seeds=given.pop("seeds"),
         num_threads=given.pop("num_threads") or available_threads(),
         data=absolute_source(given.pop("data")),

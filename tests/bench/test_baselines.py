@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from nf_pipeline.bench.baseline_trainer import smaller, train_baseline
+from nf_pipeline.bench.baseline_trainer import Limit, measure_epoch, smaller, train_baseline
 from nf_pipeline.bench.cells import Cell
 from nf_pipeline.bench.deadline import Deadline
-from nf_pipeline.bench.fit import Fit, batch_sizes, fit_method, largest_that_fits
-from nf_pipeline.bench.images import ingest_images, open_images, share_images
+from nf_pipeline.bench.fit import Fit, batch_sizes, fit_budgets, fit_method, largest_that_fits
+from nf_pipeline.bench.images import bytes_per_pass, ingest_images, open_images, share_images
 from nf_pipeline.bench.methods import METHODS
 from nf_pipeline.bench.run_config import config_for
 from nf_pipeline.bench.settings import BenchSettings
@@ -36,11 +36,11 @@ def make_task(images):
     return make
 
 
-def train(task, name, folder, deadline=None):
+def train(task, name, folder, deadline=None, **options):
     method = METHODS[name]
     fit = fit_method(task, method)
     return fit, train_baseline(
-        task, method, fit, folder=folder, deadline=deadline or Deadline(None), tell=lambda text: None
+        task, method, fit, folder=folder, deadline=deadline or Deadline(None), tell=lambda text: None, **options
     )
 
 
@@ -80,6 +80,36 @@ def test_baseline_cut_in_two_ends_as_one_that_was_not(name, make_task, tmp_path)
     assert [accuracy for _, accuracy in parts["curve"]] == [accuracy for _, accuracy in whole["curve"]]
     assert parts["test_accuracy"] == whole["test_accuracy"]
     assert parts["curve"][0][0] < parts["curve"][1][0] == parts["train_s"]
+
+
+def test_baseline_beyond_its_limit_is_given_up_with_its_curve_and_without_a_test(make_task, tmp_path):
+    _, result = train(make_task("bp", 14 * MIB), "bp", tmp_path, limit=Limit(seconds=0.0, target=1.1))
+    assert (result["status"], result["epochs"], len(result["curve"])) == ("given up", 1, 1)
+    assert result["test_accuracy"] is None
+
+
+def test_baseline_that_has_reached_the_target_trains_to_the_end_whatever_the_limit(make_task, tmp_path):
+    _, result = train(make_task("bp", 14 * MIB), "bp", tmp_path, limit=Limit(seconds=0.0, target=0.0))
+    assert (result["status"], result["epochs"]) == ("done", 2)
+
+
+def test_baseline_counts_every_epochs_bytes_and_looks_at_the_test_only_if_asked(make_task, tmp_path):
+    task = make_task("bp", 14 * MIB)
+    _, result = train(task, "bp", tmp_path, with_test=False)
+    assert result["read_bytes"] == 2 * bytes_per_pass(task.ingest) > 0
+    assert result["test_accuracy"] is None
+
+
+def test_measuring_an_epoch_leaves_no_state(make_task, tmp_path):
+    task, method = make_task("bp-micro", 14 * MIB), METHODS["bp-micro"]
+    assert measure_epoch(task, method, fit_method(task, method), tmp_path) > 0.0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["bp", "bp-micro"])
+def test_fits_found_together_are_those_found_one_by_one(name, make_task):
+    tasks = [make_task(name, size * MIB) for size in (2, 4, 5)]
+    assert fit_budgets(tasks, METHODS[name]) == [fit_method(task, METHODS[name]) for task in tasks]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What the finished cells amount to, side by side, and how that reads."""
 
+import dataclasses
+
 import pytest
 
 from nf_pipeline.bench.cells import Cell, training_cells
@@ -21,6 +23,13 @@ BUDGETS = {
     "status": "done",
     "budgets": {"smallest": 2 * MIB, "backprop batch 2": 6 * MIB},
 }
+PLANNED = {
+    "predicted_peak_bytes": 2 * MIB,
+    "parts": {"profiling and planning": 1.0, "training": 2.0, "caching": 0.0, "loading": 0.0, "other": 0.0},
+    "plan": {"layers": [[0, 2]], "units": [1], "predicted_s": 1.5, "measured_s": 2.0, "candidates": []},
+    "exit_layer": "features.0",
+    "stopped_early": False,
+}
 
 
 def trained(method, budget, curve, seed=0):
@@ -39,6 +48,8 @@ def trained(method, budget, curve, seed=0):
         "epoch_s": 1.0,
         "images_per_s": 100.0,
         "params": 1000,
+        "epochs": len(curve),
+        **(PLANNED if method == "nf" else {}),
     }
 
 
@@ -90,9 +101,61 @@ def test_repetitions_are_compared_seed_by_seed():
 def test_report_says_what_does_not_fit_and_what_was_not_reached(document):
     text = render_results(document)
     assert "does not fit: batch 2 needs 5.0 MiB" in text
-    assert "| 2.0 MiB | 50.0 % | not reached | needs 5.0 MiB | - | - |" in text
+    assert "| 2.0 MiB | 50.0 % | not in 6.0 s | needs 5.0 MiB | backprop cannot run | - |" in text
     assert "| 6.0 MiB | 50.0 % | 4.0 s | 10.0 s | 2.50x | 2.50x |" in text
     assert "### 2.0 MiB (smallest)" in text
+
+
+def test_choice_is_compared_with_the_shortest_whole_schedule_of_the_same_precision():
+    cells = [
+        trained("bp", MIB, [(10.0, 0.5)]),
+        trained("bp-micro", MIB, [(8.0, 0.5)]),
+        trained("bp-bf16", MIB, [(4.0, 0.5)]),
+        {**trained("bp-ckpt", MIB, [(1.0, 0.1)]), "status": "given up"},
+        trained("nf", MIB, [(10.0, 0.5)]),
+    ]
+    (choice,) = make_document(SETTINGS, MACHINE, [FACTS, *cells])["models"][0]["choices"]
+    assert (choice["baseline"], choice["baseline_s"][0]) == ("bp-micro", 8.0)
+    assert choice["ratio"][0] == 10.0 / 8.0
+    assert choice["ratio_without_planning"][0] == 9.0 / 8.0
+    assert choice["predicted_over_measured_s"][0] == 0.75
+    assert choice["predicted_over_measured_peak"][0] == 2.0
+
+
+def test_choice_where_no_baseline_runs_is_there_without_a_ratio(document):
+    tight = document["models"][0]["choices"][0]
+    assert (tight["budget_bytes"], tight["baseline"], tight["ratio"]) == (2 * MIB, None, None)
+    assert "| none runs | - | - | - |" in render_results(document)
+
+
+def test_baseline_that_was_given_up_is_shown_with_its_seconds_and_epochs():
+    given_up = {**trained("dgl", MIB, [(16.0, 0.2)]), "status": "given up", "test_accuracy": None}
+    document = make_document(SETTINGS, MACHINE, [FACTS, trained("bp", MIB, [(8.0, 0.5)]), given_up])
+    text = render_results(document)
+    assert "| 8.0 s | not in 16.0 s |" in text
+    assert "20.0 %, given up after 1 epochs" in text
+
+
+def test_without_backpropagation_there_is_no_target_to_miss():
+    text = render_results(make_document(SETTINGS, MACHINE, [FACTS, trained("nf", MIB, [(8.0, 0.5)])]))
+    assert "| 1.0 MiB | - | - | - | - |" in text
+    assert "not in" not in text and "not reached" not in text
+
+
+def test_bytes_that_nobody_measured_are_a_dash_and_not_nothing(document):
+    rows = document["models"][0]["rows"]
+    for row in rows:
+        row["read_bytes"] = row["written_bytes"] = None
+        row["stored_bytes"] = [0, 0, 0]
+    assert "| 0 B | - | - | 1,000 |" in render_results(document)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"), [({"give_up": 2.0}, "2 times"), ({"search_seconds": 0.0}, "at the default")]
+)
+def test_report_says_how_methods_were_tuned_and_limited(changes, text):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    assert text in render_results(make_document(settings, MACHINE, [FACTS]))
 
 
 def test_every_table_of_the_report_is_rectangular(document):
@@ -106,8 +169,8 @@ def test_results_name_the_data_and_not_where_it_lies(document):
     assert "private" not in str(document) + render_results(document)
 
 
-def test_cells_come_seed_by_seed_and_loose_budgets_first():
-    settings = BenchSettings(models=("a", "b"), methods=("bp", "nf"), num_seeds=2)
+def test_cells_come_seed_by_seed_loose_budgets_first_and_backpropagation_before_the_others():
+    settings = BenchSettings(models=("a", "b"), methods=("nf", "bp"), num_seeds=2)
     cells = list(training_cells(settings, {"a": (1, 9), "b": (5,)}))
     assert [(cell.seed, cell.model, cell.budget_bytes, cell.method) for cell in cells[:5]] == [
         (0, "a", 9, "bp"),

@@ -16,7 +16,7 @@ from nf_pipeline.errors import EXIT_CONFIG, ConfigError
 ABSENT = "import pathlib\npathlib.Path({marker!r}).touch()\nraise ImportError('not installed here')\n"
 COMMAND = (
     *("bench", "--data", "digits", "--methods", "nf,bp", "--budgets", "3MiB", "--max-train-images", "300"),
-    *("--epochs", "1", "--search-epochs", "0", "--num-threads", "1", "--output", "results", "--work", "work"),
+    *("--epochs", "1", "--search-seconds", "0", "--num-threads", "1", "--output", "results", "--work", "work"),
 )
 BACKPROP = ("--methods", "bp", "--budgets", "12MiB")
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from nf_pipeline.bench.lr_search import best_rate, next_rate
+from nf_pipeline.bench.lr_search import best_rate, epochs_for, next_rate, search_group
+from nf_pipeline.bench.methods import METHODS
 
 
 def searched(score, max_tries, start=0.05):
@@ -30,3 +31,18 @@ def test_search_tries_no_more_than_allowed(max_tries):
 
 def test_best_rate_of_equal_accuracies_is_the_lowest():
     assert best_rate({0.15: 0.5, 0.05: 0.5, 0.017: 0.4}) == 0.05
+
+
+@pytest.mark.parametrize("name", ["bp-ckpt", "bp-micro", "bp-both", "bp-bf16"])
+def test_baselines_that_take_the_same_steps_share_a_search(name):
+    assert search_group(METHODS[name], 28) == search_group(METHODS["bp"], 16) != search_group(METHODS["bp"], 32)
+
+
+def test_other_losses_have_a_search_of_their_own():
+    assert search_group(METHODS["dgl"], 16) != search_group(METHODS["bp"], 16)
+    assert search_group(METHODS["nf"], None) == ""
+
+
+@pytest.mark.parametrize(("epoch_s", "epochs"), [(0.0, 5), (0.1, 5), (1.6, 3), (2.4, 2), (9.0, 1), (math.inf, 1)])
+def test_tries_take_equal_seconds_but_see_all_images_and_no_more_than_the_schedule(epoch_s, epochs):
+    assert epochs_for(5.0, epoch_s, 5) == epochs
