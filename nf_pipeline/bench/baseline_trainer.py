@@ -230,7 +230,8 @@ class _Trainer:
         if max_images is not None:
             steps = max(1, min(steps, max_images // self._fit.batch_size))
         losses: list[torch.Tensor] = []
-        batches = feed.batches(seed=self._config.seed, epoch=epoch, shuffle=True, even=True)
+        order = {"seed": self._config.seed, "shuffle": True, "even": True}
+        batches = feed.batches(epoch=epoch, **order)
         for number, batch in zip(range(steps * num_parts), batches, strict=False):
             step, part = divmod(number, num_parts)
             set_learning_rate(self._optimizers, self._config, epoch * steps + step, steps, self._peak_lr)
@@ -244,6 +245,8 @@ class _Trainer:
             num_images += len(batch.y_N)
         if isinstance(batches, Generator):
             batches.close()
+        if max_images is None and epoch + 1 < self._config.epochs:
+            feed.prefetch(epoch=epoch + 1, **order)
         return float(torch.stack(losses).mean()), num_images
 
     def _metered(self, number: int) -> AbstractContextManager[object]:

@@ -43,7 +43,8 @@ class Preview:
         stored = {-1: self.image_bytes, **{block.block_idx: block.shard_bytes for block in blocks}}
         # Twice: what is there is held as stored and as decoded.
         return max(
-            min(reader_bytes(shard_bytes), 2 * stored[block.source_block])
+            # Two readers: while one epoch is validated, the next one's first shards are there already.
+            min(2 * reader_bytes(shard_bytes), 2 * stored[block.source_block])
             + min(writer_bytes(shard_bytes), 2 * block.shard_bytes)
             for block in blocks
         )

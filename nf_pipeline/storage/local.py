@@ -20,6 +20,7 @@ from nf_pipeline.storage.leftovers import Leftover
 from nf_pipeline.storage.store import Data, check_key, open_store
 
 _MAPPED_FROM = 256 * 2**10
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which Python has no name for
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -146,10 +147,19 @@ def _map_whole(path: Path) -> memoryview:
         num_bytes = os.fstat(file.fileno()).st_size
         if num_bytes < _MAPPED_FROM:
             return memoryview(file.read())
-        data = memoryview(mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ))
-    # One byte per page, in order: who takes rows out of it later, here and there, should not wait for a disk.
-    np.frombuffer(data, np.uint8)[:: mmap.PAGESIZE].max()
-    return data
+        pages = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
+    _read_pages(pages)
+    return memoryview(pages)
+
+
+def _read_pages(pages: mmap.mmap) -> None:
+    """Reads a mapped file now: who takes rows out of it later, here and there, should not wait for a disk."""
+    try:
+        pages.madvise(_POPULATE_READ)
+    except OSError as error:
+        if error.errno == errno.EFAULT:  # reading these pages where they are used would end the process
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        np.frombuffer(pages, np.uint8)[:: mmap.PAGESIZE].max()  # an older kernel, or another system's
 
 
 @contextlib.contextmanager

@@ -1,21 +1,23 @@
 """Batches from shards, shuffled by seed and epoch, while the next shards are fetched in the background.
 
 The shards of an epoch are put in random order and cut into windows; all rows of a window are shuffled
-together. While one window is consumed, threads fetch and decode the next, and one more gathers the next
-batches. A shard's checksum is compared when a reader sees it for the first time; in later epochs its size and
-form are. The result depends on (seed, epoch)
-and the part only, never on timing. Deliberately knows nothing of torch: a batch is bytes; nor of how shards
-that are still being written are waited for: that is a `ShardList`'s work. Entry class: `ShardReader`.
+together. While one window is consumed, threads fetch and decode the next, and others gather the next
+batches, as soon as an epoch is asked for. A shard's checksum is compared when a reader sees it for the first
+time; in later epochs its size and form are. The result depends on (seed, epoch) and the part only, never on
+timing. Deliberately knows nothing of torch: a batch is bytes; nor of how shards that are still being written
+are waited for: that is a `ShardList`'s work. Entry class: `ShardReader`.
 """
 
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,13 +31,16 @@ from nf_pipeline.storage.store import Store
 STORED_TIMEOUT_S = 300.0
 WINDOW_SHARDS = 4
 PREFETCH_THREADS = 2
-BATCHES_AHEAD = 2
+GATHER_THREADS = 2
+BATCHES_AHEAD = GATHER_THREADS + 1
+"""One is ready or queued while each thread works on another, so that none waits for the consumer to ask."""
+_KEPT_BATCHES = BATCHES_AHEAD + 2  # one that the consumer has, one that the next window completes
 _ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Samples that own their memory.
+    """Samples that own their memory: it is used for another batch once nothing refers to it any more.
 
     Attributes:
         tensors: uint8 [N, nbytes], contiguous and aligned to 64 bytes, so that it views as any dtype.
@@ -107,8 +112,8 @@ class ShardReader:
     """Reads the shards of one split, as often as there are epochs.
 
     Invariants: at most two windows of decoded shards are in memory (plus the encoded bytes of the
-    `prefetch_threads` shards that are being decoded), and BATCHES_AHEAD batches that nobody has taken yet, however
-    large the split is. Every row is copied once, from the decoded shard into its batch.
+    `prefetch_threads` shards that are being decoded), BATCHES_AHEAD batches that nobody has taken yet, and the memory
+    of two more, however large the split is. Every row is copied once, from the decoded shard into its batch.
 
     Args:
         store: where the shards are.
@@ -144,6 +149,7 @@ class ShardReader:
         self._part = part
         self._window_shards = window_shards
         self._prefetch_threads = prefetch_threads
+        self._memory = _BatchMemory(batch_size, spec.nbytes)
         self._verified: set[int] = set()  # shards whose checksum was right when they were read first
 
     @property
@@ -173,8 +179,12 @@ class ShardReader:
         even: bool = False,
         shuffle_shards: bool = True,
         timeout_s: float | None = None,
-    ) -> Iterator[Batch]:
+        make: Callable[[Batch], Any] = lambda batch: batch,
+    ) -> Iterator[Any]:
         """Yields one epoch of the part, every row exactly once (for the exceptions see `divide_rows`).
+
+        The first batches are gathered from this call on, whether or not anybody takes them yet. The epoch ends, and
+        its threads with it, when it is exhausted, closed or given up.
 
         Rows that share a batch come in stored order within it, so that copying them reads memory forwards;
         which rows share a batch is random.
@@ -189,56 +199,65 @@ class ShardReader:
                 reads shards while they are being written. Without `shuffle` it has no meaning.
             timeout_s: longest wait for the next shards; by default that of `STORED_TIMEOUT_S`, or the one that a
                 `ShardList` has of its own.
+            make: what to yield for a batch; runs in the threads that gather, for several batches at once.
 
         Raises:
             ObjectMissing, ObjectCorrupt: a shard is not what the manifest says.
             StorageError: the store failed, or sent nothing within the time.
-            Exception: whatever a `ShardList` raised.
+            Exception: whatever a `ShardList` or `make` raised.
         """
-        ended = threading.Event()
-        gathered = self._gathered(
+        ended, copying = threading.Event(), _Copying()
+        planned = self._planned(
             np.random.default_rng([seed, epoch]) if shuffle else None,
             self._batch_sizes(even),
+            copying,
             shuffle_shards=shuffle_shards,
             timeout_s=timeout_s or self._default_timeout_s,
             ended=ended,
         )
-        # One thread runs the generator, one batch at a time: it never waits for room, so nothing has to wake it.
-        gatherer = ThreadPoolExecutor(1, thread_name_prefix="shard-reader-batch")
-        ahead = deque(gatherer.submit(next, gathered, None) for _ in range(BATCHES_AHEAD))
+        batches = self._gathered(_Line(planned, copying, make), ended)
+        next(batches)  # starts the threads; nothing is yielded yet
+        return batches
+
+    def _gathered(self, line: "_Line", ended: threading.Event) -> Iterator[Any]:
+        ahead = deque(line.submit() for _ in range(BATCHES_AHEAD))
         try:
-            while (batch := self._awaited(ahead.popleft())) is not None:
-                ahead.append(gatherer.submit(next, gathered, None))
-                yield batch
+            yield
+            while made := self._awaited(ahead.popleft()):
+                ahead.append(line.submit())
+                yield made.pop()  # no name here may keep a batch alive that its consumer is done with
         finally:
             ended.set()
             self._shards.close()
-            gatherer.shutdown(cancel_futures=True)
-            gathered.close()
+            line.close()
 
-    def _awaited(self, batch: "Future[Batch | None]") -> Batch | None:
+    def _awaited(self, batch: Future[Any]) -> list[Any]:
+        """Returns a list of one batch, which is empty after the last."""
         start = time.perf_counter()
         try:
-            return batch.result()
+            made = batch.result()
+            return [] if made is None else [made]
         finally:
             self.wait_s += time.perf_counter() - start
 
-    def _gathered(
+    def _planned(
         self,
         random: np.random.Generator | None,
         sizes: list[int],
+        copying: "_Copying",
         *,
         shuffle_shards: bool,
         timeout_s: float | None,
         ended: threading.Event,
-    ) -> Iterator[Batch]:
+    ) -> Iterator["_Gather"]:
         windows = self._windows(random if shuffle_shards else None)
         pool = ThreadPoolExecutor(self._prefetch_threads, thread_name_prefix="shard-reader")
         hangs = False
         try:
-            filler = _BatchFiller(self._spec.nbytes, sizes)
+            filler = _BatchFiller(self._memory, sizes)
             for window in self._fetched(pool, windows, timeout_s, ended):
                 yield from filler.fill(window, _row_order(window, random))
+                copying.wait()
                 window.clear()  # the last reference to these shards: the window after the next comes now
                 if filler.is_done:
                     break
@@ -276,11 +295,14 @@ class ShardReader:
         timeout_s: float | None,
         ended: threading.Event,
     ) -> Iterator[list[Shard]]:
-        pending = self._fetch(pool, windows[0], ended) if windows else []
-        for following in [*windows[1:], ()]:
-            window = self._wait(pending, timeout_s)
-            pending = self._fetch(pool, following, ended)
-            yield window
+        # Two windows at most: the one after the next is asked for when this one has been consumed, so that no thread
+        # idles while the last shards of the next one come.
+        fetched = deque(self._fetch(pool, window, ended) for window in windows[:2])
+        for following in [*windows[2:], (), ()]:
+            if fetched:
+                yield self._wait(fetched.popleft(), timeout_s)
+            if following:
+                fetched.append(self._fetch(pool, following, ended))
 
     def _fetch(
         self, pool: ThreadPoolExecutor, window: Sequence[_Piece], ended: threading.Event
@@ -316,16 +338,82 @@ class ShardReader:
 
 
 def reader_bytes(shard_bytes: int) -> int:
-    """Returns what a reader holds of its host's memory at most, but for BATCHES_AHEAD batches: two windows, and the
-    encoded shards under way."""
+    """Returns what one epoch of a reader holds of its host's memory at most, but for BATCHES_AHEAD + 2 batches: two
+    windows, and the encoded shards under way."""
     return (2 * WINDOW_SHARDS + PREFETCH_THREADS) * shard_bytes
 
 
-class _BatchFiller:
-    """Gathers rows of successive windows into batches of given sizes."""
+_Gather = Callable[[], Batch]
+"""Copies the rows of one batch."""
 
-    def __init__(self, nbytes: int, sizes: Sequence[int]) -> None:
-        self._nbytes = nbytes
+
+class _Copying:
+    """Counts the batches that are being copied."""
+
+    def __init__(self) -> None:
+        self._free = threading.Semaphore(GATHER_THREADS)
+
+    def begin(self) -> None:
+        """One more."""
+        self._free.acquire()
+
+    def end(self) -> None:
+        """One less, and what it copied from is not held any more."""
+        self._free.release()
+
+    def wait(self) -> None:
+        """Returns once there is none; nobody may begin one meanwhile."""
+        for _ in range(GATHER_THREADS):
+            self._free.acquire()
+        self._free.release(GATHER_THREADS)
+
+
+class _Line:
+    """Threads that make the batches of one epoch: planned one after the other, copied at the same time.
+
+    A task never waits for room, only for shards and for the task before it, so nothing has to wake it in the end.
+    """
+
+    def __init__(self, planned: Iterator[_Gather], copying: _Copying, make: Callable[[Batch], Any]) -> None:
+        self._planned = planned
+        self._copying = copying
+        self._make = make
+        self._threads = ThreadPoolExecutor(GATHER_THREADS, thread_name_prefix="shard-reader-batch")
+        self._turn = threading.Lock()
+
+    def submit(self) -> Future[Any]:
+        """Asks for one more batch; gives None after the last."""
+        mine, self._turn = self._turn, threading.Lock()
+        self._turn.acquire()
+        return self._threads.submit(self._next, mine, self._turn)
+
+    def close(self) -> None:
+        """Waits for the batches under way and drops the others."""
+        self._threads.shutdown(cancel_futures=True)
+        self._planned.close()
+
+    def _next(self, mine: threading.Lock, following: threading.Lock) -> Any:
+        mine.acquire()  # tasks begin in order, so the one before has begun
+        try:
+            gather = next(self._planned, None)
+            if gather is None:
+                return None
+            self._copying.begin()
+        finally:
+            following.release()
+        try:
+            batch = gather()
+        finally:
+            del gather
+            self._copying.end()
+        return self._make(batch)
+
+
+class _BatchFiller:
+    """Divides the rows of successive windows into batches of given sizes."""
+
+    def __init__(self, memory: "_BatchMemory", sizes: Sequence[int]) -> None:
+        self._memory = memory
         self._sizes_left = deque(sizes)
         self._batch: Batch | None = None
         self._filled = 0
@@ -335,63 +423,91 @@ class _BatchFiller:
         """Whether every batch is full."""
         return not self._sizes_left
 
-    def fill(self, window: Sequence[Shard], rows: np.ndarray) -> Iterator[Batch]:
-        """Copies rows of a window, yields every batch that becomes full, and keeps the rest for later.
+    def fill(self, window: Sequence[Shard], rows: np.ndarray) -> Iterator[_Gather]:
+        """Yields every batch that rows of a window complete, still to be copied, and copies the rest for later.
 
         Args:
             window: decoded shards.
             rows: int64, row numbers counted through the window, in the order of consumption.
         """
-        starts = np.cumsum([0, *(len(shard.labels) for shard in window)])
-        taken = 0
+        source, taken = _Rows(window), 0
         while taken < len(rows) and self._sizes_left:
             if self._batch is None:
-                self._batch = _empty_batch(self._sizes_left[0], self._nbytes, window[0].affine)
-            count = min(len(rows) - taken, len(self._batch.labels) - self._filled)
-            self._copy(window, starts, np.sort(rows[taken : taken + count]))
-            taken += count
-            if self._filled == len(self._batch.labels):
-                yield self._finish()
+                self._batch = self._memory.batch(self._sizes_left[0], window[0].affine)
+            start = self._filled
+            chosen = rows[taken : taken + len(self._batch.labels) - start]
+            taken, self._filled = taken + len(chosen), start + len(chosen)
+            gather = partial(source.copy, chosen, self._batch, start)
+            if self._filled < len(self._batch.labels):
+                gather()
+                continue
+            self._batch, self._filled = None, 0
+            self._sizes_left.popleft()
+            yield gather
 
-    def _copy(self, window: Sequence[Shard], starts: np.ndarray, rows: np.ndarray) -> None:
-        cuts = np.searchsorted(rows, starts)
-        for shard, first, start, stop in zip(window, starts[:-1], cuts[:-1], cuts[1:], strict=True):
-            if start < stop:
-                self._take(shard, rows[start:stop] - first)
 
-    def _take(self, shard: Shard, rows: np.ndarray) -> None:
-        batch, start = self._batch, self._filled
-        stop = start + len(rows)
-        _take_rows(shard.pieces, rows, batch.tensors[start:stop])
+class _Rows:
+    """All rows of a window, counted through its shards and their pieces."""
+
+    def __init__(self, window: Sequence[Shard]) -> None:
+        self._pieces = [piece for shard in window for piece in shard.pieces]
+        self._starts = np.cumsum([0, *(len(piece) for piece in self._pieces)])
+        self._labels = np.concatenate([shard.labels for shard in window])
+        self._sample_ids = np.concatenate([shard.sample_ids for shard in window])
+
+    def copy(self, rows: np.ndarray, batch: Batch, start: int) -> Batch:
+        """Copies rows, in ascending order, into a batch that has `start` rows already, and returns it."""
+        rows, stop = np.sort(rows), start + len(rows)
         # mode="clip" writes straight into `out`; the default mode would gather into a temporary first
-        np.take(shard.labels, rows, out=batch.labels[start:stop], mode="clip")
-        np.take(shard.sample_ids, rows, out=batch.sample_ids[start:stop], mode="clip")
-        self._filled = stop
-
-    def _finish(self) -> Batch:
-        batch, self._batch = self._batch, None
-        self._sizes_left.popleft()
-        self._filled = 0
+        self._labels.take(rows, out=batch.labels[start:stop], mode="clip")
+        self._sample_ids.take(rows, out=batch.sample_ids[start:stop], mode="clip")
+        cuts = rows.searchsorted(self._starts).tolist()
+        out = batch.tensors[start:stop]
+        for piece, first, begin, end in zip(self._pieces, self._starts, cuts, cuts[1:], strict=False):
+            if begin < end:
+                piece.take(rows[begin:end] - first, axis=0, out=out[begin:end], mode="clip")
         return batch
 
 
-def _take_rows(pieces: Sequence[np.ndarray], rows: np.ndarray, out: np.ndarray) -> None:
-    """Copies rows, in ascending order and counted through all pieces."""
-    starts = np.cumsum([0, *(len(piece) for piece in pieces)])
-    cuts = np.searchsorted(rows, starts)
-    for piece, first, start, stop in zip(pieces, starts[:-1], cuts[:-1], cuts[1:], strict=True):
-        if start < stop:
-            np.take(piece, rows[start:stop] - first, axis=0, out=out[start:stop], mode="clip")
+def _num_references(kept: list[np.ndarray], idx: int) -> int:
+    return sys.getrefcount(kept[idx])
+
+
+_UNUSED = _num_references([np.empty(0)], 0)
+"""References to memory that only a list holds: every view of it, numpy's or torch's, would be one more."""
+
+
+class _BatchMemory:
+    """Memory of batches, used again and again: fresh memory costs a page fault per page, half of a gather.
+
+    Keeps as much as a consumer needs that gives up one batch for the next; who keeps more gets fresh memory.
+    """
+
+    def __init__(self, batch_size: int, nbytes: int) -> None:
+        self._batch_size = batch_size
+        self._nbytes = nbytes
+        self._kept: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def batch(self, num_rows: int, affine: Affine | None) -> Batch:
+        """Returns a batch whose rows are still to be filled."""
+        with self._lock:
+            memory = self._free()
+            start = -memory.ctypes.data % _ALIGNMENT_BYTES
+            tensors = memory[start : start + num_rows * self._nbytes].reshape(num_rows, self._nbytes)
+        labels, sample_ids = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
+        return Batch(tensors=tensors, labels=labels, sample_ids=sample_ids, affine=affine)
+
+    def _free(self) -> np.ndarray:
+        for idx in range(len(self._kept)):
+            if _num_references(self._kept, idx) == _UNUSED:
+                return self._kept[idx]
+        memory = np.empty(self._batch_size * self._nbytes + _ALIGNMENT_BYTES, np.uint8)
+        if len(self._kept) < _KEPT_BATCHES:
+            self._kept.append(memory)
+        return memory
 
 
 def _row_order(window: Sequence[Shard], random: np.random.Generator | None) -> np.ndarray:
     num_rows = sum(len(shard.labels) for shard in window)
     return np.arange(num_rows) if random is None else random.permutation(num_rows)
-
-
-def _empty_batch(num_rows: int, nbytes: int, affine: Affine | None) -> Batch:
-    memory = np.empty(num_rows * nbytes + _ALIGNMENT_BYTES, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT_BYTES
-    tensors = memory[start : start + num_rows * nbytes].reshape(num_rows, nbytes)
-    labels, sample_ids = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
-    return Batch(tensors=tensors, labels=labels, sample_ids=sample_ids, affine=affine)

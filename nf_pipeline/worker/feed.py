@@ -1,13 +1,17 @@
 """Batches of stored samples as tensors on the training device.
 
 Images (uint8) are normalised with the train split's mean and standard deviation; stored activations are widened
-to float32, on the device, and where bytes stand for numbers, scaled there. On a CPU the stored bytes are the loader's
-host memory; only the float32 batch counts as device memory, from the moment the consumer tracks it.
+to float32, and where bytes stand for numbers, scaled. On a GPU that happens there, and the threads that gather leave
+the stored bytes in pinned memory. On a CPU these threads do it all, so that a step takes over a float32 batch that is
+ready. What they have made ahead, `BATCHES_AHEAD` batches, is the loader's host memory; a batch counts as device
+memory from the moment the consumer tracks it.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +43,16 @@ class Augmentation:
     kind: str
     seed: int
     view: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Made:
+    """What the gathering threads make of a batch: float32 on a CPU, the stored type in pinned memory for a GPU."""
+
+    x_NCHW: torch.Tensor
+    y_N: torch.Tensor
+    sample_ids: np.ndarray
+    affine: Affine | None
 
 
 class DeviceBatch:
@@ -73,6 +87,59 @@ class DeviceBatch:
         return x_NCHW
 
 
+class _Maker:
+    """Makes tensors of stored batches; apart from `Feed`, which threads that work ahead must not keep alive."""
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        device: torch.device,
+        normalise: Normalise | None,
+        augmentation: Augmentation | None,
+    ) -> None:
+        self._spec = spec
+        self._device = device
+        self._normalise = normalise
+        self._augmentation = augmentation
+        self._scaling: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def make(self, epoch: int, batch: Batch) -> _Made:
+        """Does what needs no device; runs in the threads that gather, several times at once."""
+        stored = torch.from_numpy(batch.tensors).view(TORCH_DTYPES[self._spec.dtype])
+        stored = stored.view(len(batch.labels), *self._spec.shape)
+        if self._augmentation is not None:
+            stored = self._augmented(self._augmentation, stored, batch.sample_ids, epoch)
+        on_host = self._device.type != "cuda"
+        x_NCHW = laid_out(self.numbers(stored, batch.affine)) if on_host else stored.pin_memory()
+        y_N = torch.from_numpy(batch.labels)
+        return _Made(x_NCHW=x_NCHW, y_N=y_N, sample_ids=batch.sample_ids, affine=batch.affine)
+
+    def numbers(self, stored: torch.Tensor, affine: Affine | None) -> torch.Tensor:
+        """Turns what is stored into float32, wherever it is."""
+        if self._normalise is not None:
+            return self._normalise(stored)
+        # copy: float32 shards would otherwise hand out the loader's own buffer.
+        numbers = stored.to(dtype=torch.float32, copy=True)
+        return numbers if affine is None else self._scaled(numbers, affine)
+
+    def _scaled(self, numbers_NCHW: torch.Tensor, affine: Affine) -> torch.Tensor:
+        """Turns bytes into what they stand for, in place; the same arithmetic as in `Affine.decode`."""
+        if self._scaling is None:  # the same for all shards of a stage
+            zero_points = _per_channel(affine.zero_points, numbers_NCHW) if any(affine.zero_points) else None
+            self._scaling = _per_channel(affine.scales, numbers_NCHW), zero_points
+        scales, zero_points = self._scaling
+        if zero_points is not None:
+            numbers_NCHW.sub_(zero_points)
+        return numbers_NCHW.mul_(scales)
+
+    @staticmethod
+    def _augmented(
+        augmentation: Augmentation, x_NCHW: torch.Tensor, sample_ids: np.ndarray, epoch: int
+    ) -> torch.Tensor:
+        view = epoch if augmentation.view is None else augmentation.view
+        return augment_images(x_NCHW, sample_ids, kind=augmentation.kind, seed=augmentation.seed, view=view)
+
+
 class Feed:
     """One split of a stage's output, batch by batch on a device."""
 
@@ -86,14 +153,11 @@ class Feed:
         frozen: FrozenUnits | None = None,
     ) -> None:
         self._reader = reader
-        self._augmentation = augmentation
         self._frozen = frozen
-        self._spec = spec
         self._device = device
-        self._normalise = normalise
+        self._maker = _Maker(spec, device, normalise, augmentation)
         self._wait_s = 0.0
-        self._scales: torch.Tensor | None = None
-        self._zero_points: torch.Tensor | None = None
+        self._begun: tuple[dict[str, Any], Iterator[_Made]] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -128,50 +192,37 @@ class Feed:
         even: bool = False,
     ) -> Iterator[DeviceBatch]:
         """Yields the split once, in stored order unless `shuffle`; see `ShardReader.batches`."""
-        stored = self._reader.batches(
-            seed=seed, epoch=epoch, shuffle=shuffle, shuffle_shards=shuffle_shards, even=even
-        )
-        while (batch := self._awaited(stored, epoch)) is not None:
+        order = {"seed": seed, "epoch": epoch, "shuffle": shuffle, "shuffle_shards": shuffle_shards, "even": even}
+        begun, self._begun = self._begun, None
+        made = begun[1] if begun is not None and begun[0] == order else None
+        del begun  # another pass than this one ends here, before the next begins
+        made = made or self._begin(order)
+        while (batch := self._awaited(made)) is not None:
             yield batch
 
-    def _awaited(self, stored: Iterator[Batch], epoch: int) -> DeviceBatch | None:
+    def prefetch(self, *, seed: int, epoch: int, shuffle: bool, shuffle_shards: bool = True, even: bool) -> None:
+        """Begins to make the first batches of a pass that `batches` is asked for next, with the same arguments.
+
+        They stay in host memory, with the shards that they come from, until they are taken, another pass is asked
+        for, or the feed is dropped.
+        """
+        order = {"seed": seed, "epoch": epoch, "shuffle": shuffle, "shuffle_shards": shuffle_shards, "even": even}
+        self._begun = order, self._begin(order)
+
+    def _begin(self, order: dict[str, Any]) -> Iterator[_Made]:
+        return self._reader.batches(**order, make=partial(self._maker.make, order["epoch"]))
+
+    def _awaited(self, made: Iterator[_Made]) -> DeviceBatch | None:
         start = time.perf_counter()
-        batch = next(stored, None)
+        batch = next(made, None)
         if batch is not None:
-            labels_N = torch.from_numpy(batch.labels).to(self._device)
-            x_NCHW = laid_out(self._to_device(batch, epoch))
-            batch = DeviceBatch(x_NCHW, labels_N, batch.sample_ids, self._frozen)
+            x_NCHW, y_N = batch.x_NCHW, batch.y_N
+            if self._device.type == "cuda":
+                x_NCHW = self._maker.numbers(x_NCHW.to(self._device, non_blocking=True), batch.affine)
+                y_N = y_N.to(self._device)
+            batch = DeviceBatch(x_NCHW, y_N, batch.sample_ids, self._frozen)
         self._wait_s += time.perf_counter() - start
         return batch
-
-    def _to_device(self, batch: Batch, epoch: int) -> torch.Tensor:
-        stored = torch.from_numpy(batch.tensors).view(TORCH_DTYPES[self._spec.dtype])
-        stored = stored.view(len(batch.labels), *self._spec.shape)
-        if self._augmentation is not None:
-            stored = self._augmented(self._augmentation, stored, batch.sample_ids, epoch)
-        if self._device.type == "cuda":
-            stored = stored.pin_memory().to(self._device, non_blocking=True)
-        if self._normalise is not None:
-            return self._normalise(stored)
-        # copy: float32 shards would otherwise hand out the loader's own buffer.
-        numbers = stored.to(dtype=torch.float32, copy=True)
-        return numbers if batch.affine is None else self._scaled(numbers, batch.affine)
-
-    def _scaled(self, numbers_NCHW: torch.Tensor, affine: Affine) -> torch.Tensor:
-        """Turns bytes into what they stand for, in place; the same arithmetic as in `Affine.decode`."""
-        if self._scales is None:  # the same for all shards of a stage
-            self._scales = _per_channel(affine.scales, numbers_NCHW)
-            self._zero_points = _per_channel(affine.zero_points, numbers_NCHW) if any(affine.zero_points) else None
-        if self._zero_points is not None:
-            numbers_NCHW.sub_(self._zero_points)
-        return numbers_NCHW.mul_(self._scales)
-
-    @staticmethod
-    def _augmented(
-        augmentation: Augmentation, x_NCHW: torch.Tensor, sample_ids: np.ndarray, epoch: int
-    ) -> torch.Tensor:
-        view = epoch if augmentation.view is None else augmentation.view
-        return augment_images(x_NCHW, sample_ids, kind=augmentation.kind, seed=augmentation.seed, view=view)
 
 
 def _per_channel(values_C: Sequence[float], like_NCHW: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ from nf_pipeline.worker.frozen_prefix import load_prefix
 from nf_pipeline.worker.loss_guard import LossGuard
 from nf_pipeline.worker.progress_clock import ProgressClock
 from nf_pipeline.worker.runtime import cap_device_memory, seed_everything, set_threads
-from nf_pipeline.worker.schedule import learning_rate, peak_learning_rate, warmup_steps
+from nf_pipeline.worker.schedule import peak_learning_rate, set_learning_rate
 from nf_pipeline.worker.stage_input import open_run_store
 from nf_pipeline.worker.tasks import BlockTask, block_fingerprint, num_rounds
 from nf_pipeline.worker.write_activations import ActivationWriter
@@ -192,11 +192,11 @@ class _Attempt:
     def _train_batches(self, epoch: int, guard: LossGuard) -> Iterator[Progress]:
         feed, clock, num_images = self.train_feed, ProgressClock(), 0
         sizes = feed.step_sizes()
-        batches = feed.batches(
-            seed=self.train_config.seed, epoch=epoch, shuffle=True, shuffle_shards=self._may_shuffle(epoch), even=True
-        )
+        order = {"seed": self.train_config.seed, "shuffle": True, "even": True}
+        batches = feed.batches(epoch=epoch, shuffle_shards=self._may_shuffle(epoch), **order)
         for step, batch in enumerate(batches):
-            self._set_learning_rate(epoch * len(sizes) + step, len(sizes))
+            at = epoch * len(sizes) + step
+            set_learning_rate(self.optimizers, self.train_config, at, len(sizes), self.peak_lr)
             num_local, num_total = len(batch.y_N), sizes[step]
             num_images += num_total
             with self._meter(step), self._own_model(epoch, step):
@@ -216,6 +216,8 @@ class _Attempt:
             if clock.is_due():
                 rate = clock.rate(num_images)
                 yield self._progress("train", epoch, num_images, sum(sizes), rate, guard.last_loss())
+        if epoch + 1 < self.task.epochs[1]:  # while this one is validated
+            feed.prefetch(epoch=epoch + 1, shuffle_shards=self._may_shuffle(epoch + 1), **order)
         guard.check()
 
     def _may_shuffle(self, epoch: int) -> bool:
@@ -259,18 +261,6 @@ class _Attempt:
         name = self.task.plan.model
         where = f"model {name}: training fails in epoch {epoch + 1}, step {step + 1}"
         return user_code(where, "correct the model") if ":" in name else nullcontext()
-
-    def _set_learning_rate(self, step: int, steps_per_epoch: int) -> None:
-        total = steps_per_epoch * self.train_config.epochs
-        lr = learning_rate(
-            step,
-            total_steps=total,
-            num_warmup_steps=warmup_steps(self.train_config.warmup_epochs, steps_per_epoch, total),
-            peak_lr=self.peak_lr,
-        )
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
 
     @property
     def _fingerprint(self) -> str:

@@ -277,11 +277,12 @@ def test_next_window_is_fetched_while_the_first_is_consumed(write):
 
 def test_batches_are_gathered_ahead_of_the_consumer_and_no_further(write, monkeypatch):
     written, finished = write(200), []
-    real = reader_module._BatchFiller._finish
-    monkeypatch.setattr(reader_module._BatchFiller, "_finish", lambda self: finished.append(1) or real(self))
-    batches = open_reader(written, batch_size=5).batches(seed=0, epoch=0, shuffle=True)
-    for num_taken in (1, 2, 3):
-        next(batches)
+    real = reader_module._Rows.copy
+    monkeypatch.setattr(reader_module._Rows, "copy", lambda *args: finished.append(args[2]) or real(*args))
+    batches = open_reader(written, batch_size=5, window_shards=20).batches(seed=0, epoch=0, shuffle=True)
+    for num_taken in (0, 1, 2, 3):
+        if num_taken:
+            next(batches)
         wait_until(lambda want=num_taken + reader_module.BATCHES_AHEAD: len(finished) == want)
     time.sleep(0.05)
     assert len(finished) == 3 + reader_module.BATCHES_AHEAD
@@ -289,11 +290,57 @@ def test_batches_are_gathered_ahead_of_the_consumer_and_no_further(write, monkey
 
 
 def test_gathering_counts_as_waiting_when_the_consumer_has_to_wait_for_it(write, monkeypatch):
-    real = reader_module._BatchFiller._take
-    monkeypatch.setattr(reader_module._BatchFiller, "_take", lambda *args: time.sleep(0.02) or real(*args))
+    real = reader_module._Rows.copy
+    monkeypatch.setattr(reader_module._Rows, "copy", lambda *args: time.sleep(0.04) or real(*args))
     reader = open_reader(write(100), batch_size=10)
     read_all(reader)
     assert reader.wait_s > 0.1
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_batches_come_in_order_however_long_each_of_them_takes_to_copy(write, monkeypatch, slow):
+    written = write(120)
+    expected = read_all(open_reader(written, batch_size=7))
+    real, lock, count = reader_module._Rows.copy, threading.Lock(), []
+
+    def copy(*args):
+        with lock:
+            count.append(1)
+            is_slow = len(count) % 3 == slow
+        time.sleep(0.005 * is_slow)
+        return real(*args)
+
+    monkeypatch.setattr(reader_module._Rows, "copy", copy)
+    assert ids_of(read_all(open_reader(written, batch_size=7))) == ids_of(expected)
+
+
+def test_what_is_made_of_batches_is_made_ahead_and_its_error_reaches_the_consumer(write):
+    written, threads = write(40), set()
+
+    def make(batch):
+        threads.add(threading.current_thread().name)
+        if batch.sample_ids[0] == written.sample_ids[20]:
+            raise ZeroDivisionError
+        return batch.sample_ids.tolist()
+
+    batches = open_reader(written, batch_size=10).batches(seed=0, epoch=0, shuffle=False, make=make)
+    assert [next(batches), next(batches)] == [written.sample_ids[:10].tolist(), written.sample_ids[10:20].tolist()]
+    with pytest.raises(ZeroDivisionError):
+        next(batches)
+    assert all(name.startswith("shard-reader") for name in threads)
+    assert live_reader_threads() == []
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it(write):
+    written = write(400)
+    reader, held, seen = open_reader(written, batch_size=10), [], set()
+    for epoch in range(2):
+        for batch in reader.batches(seed=0, epoch=epoch, shuffle=True):
+            seen.add(batch.tensors.ctypes.data)
+            if len(held) < 3:
+                held.append((batch.tensors[2:4], batch.tensors[2:4].copy()))
+    assert all(np.array_equal(view, before) for view, before in held)
+    assert len(seen) < 20  # of 80 batches
 
 
 def test_checksums_are_compared_once_and_form_and_size_every_time(write, monkeypatch):

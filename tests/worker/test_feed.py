@@ -1,3 +1,6 @@
+import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +9,10 @@ import torch
 
 from nf_pipeline.core.memory import measure_peak
 from nf_pipeline.storage.manifest import StageManifest
+from nf_pipeline.storage.reader import BATCHES_AHEAD
 from nf_pipeline.storage.shards import ShardWriter, TensorSpec
 from nf_pipeline.storage.store import Store, open_store
-from nf_pipeline.worker.feed import open_feed
+from nf_pipeline.worker.feed import DeviceBatch, Feed, _Maker, open_feed
 
 CPU = torch.device("cpu")
 
@@ -67,3 +71,47 @@ def test_inputs_that_were_taken_are_kept_alive_by_nobody_else(store: Store) -> N
         held = meter.current_bytes
         batch.take_x()
         assert meter.current_bytes == held - 4 * 64 * 4
+
+
+def reader_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("shard-reader")]
+
+
+def open_numbered(store: Store, num_rows: int = 40) -> Feed:
+    manifest = write_split(store, TensorSpec("uint8", (1, 2, 2)), np.zeros((num_rows, 1, 2, 2), np.uint8), {})
+    return open_feed(store, manifest, "train", batch_size=4, device=CPU)
+
+
+def ids_of(batches: Iterable[DeviceBatch]) -> list[list[int]]:
+    return [batch.sample_ids.tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("asked_for", [{"epoch": 1}, {"epoch": 2}, {"epoch": 1, "seed": 5}])
+def test_a_pass_is_the_same_whether_or_not_one_was_begun_before(store: Store, asked_for: dict) -> None:
+    order = {"seed": 3, "shuffle": True, "even": True}
+    expected = ids_of(open_numbered(store).batches(**{**order, **asked_for}))
+    feed = open_numbered(store)
+    feed.prefetch(**order, epoch=1)
+    for _ in range(2):
+        assert ids_of(feed.batches(**{**order, **asked_for})) == expected
+    assert reader_threads() == []
+
+
+def test_a_pass_that_was_begun_is_ready_before_anybody_asks_for_it(store: Store, monkeypatch) -> None:
+    feed, made = open_numbered(store), []
+    real = _Maker.make
+    monkeypatch.setattr(_Maker, "make", lambda self, epoch, batch: made.append(epoch) or real(self, epoch, batch))
+    feed.prefetch(seed=0, epoch=7, shuffle=True, even=True)
+    deadline = time.monotonic() + 30
+    while len(made) < BATCHES_AHEAD and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert made == [7] * BATCHES_AHEAD
+    assert len(list(feed.batches(epoch=7, shuffle=True, even=True))) == len(made) == 10
+
+
+def test_a_pass_that_nobody_takes_ends_with_its_feed(store: Store) -> None:
+    feed = open_numbered(store)
+    feed.prefetch(seed=0, epoch=1, shuffle=True, even=True)
+    assert reader_threads()
+    del feed
+    assert reader_threads() == []

@@ -27,8 +27,11 @@ def test_loader_benchmark_measures_every_format_and_names_what_is_not_installed(
     assert done.returncode == 0, done.stderr
     rates = {rate["name"]: rate for rate in json.loads(output.read_text())["rates"]}
     ours = [name for name in rates if name.startswith("nf_pipeline, local")]
-    assert len(ours) == 4
-    assert all(rates[name]["of_limit"] > 0 and rates[rates[name]["limit"]]["stored_mb_s"] > 0 for name in ours)
+    assert len(ours) == 8
+    assert sum(name.endswith("as float32") for name in ours) == 4
+    for name in ours:
+        assert all(share > 0 for share in rates[name]["of_limits"]) and len(rates[name]["of_limits"]) == 2
+        assert all(rates[limit]["stored_mb_s"] > 0 for limit in rates[name]["limits"])
     peers = [rate for name, rate in rates.items() if name.partition(" ")[0] in ("webdataset", "litdata")]
     assert all(rate["note"] == "not installed" or rate["stored_mb_s"] > 0 for rate in peers) and len(peers) == 2
     assert output.with_suffix(".md").read_text() in done.stdout + "\n"
