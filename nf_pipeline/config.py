@@ -29,7 +29,8 @@ from nf_pipeline.errors import ConfigError
 from nf_pipeline.redact import holds_credentials, redacted
 from nf_pipeline.units import parse_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of every document of a run: run.json, plan.json, manifests, summary.json, model.json. Another one is refused."""
 
 MAX_FILE_BYTES = 64 * 2**10
 """Size of a configuration file; one with every setting takes some 3 KiB."""
@@ -200,8 +201,9 @@ class StorageConfig(_Section):
     again on every batch, as far as they fit the budget, `auto` takes what measured rates say is faster. What starts
     from the images sees `train.augment` anew every epoch. Pipelined runs and plans without timings store shards."""
     keep_activations: Literal["all", "last", "none"] = "all"
-    """`last` deletes a block's activations once the next block is trained on them, but for the last ones of the run;
-    `none` deletes these as well when the final model is there. May change while a run is continued."""
+    """`last` deletes a block's activations once all that read them are trained, but for the last ones of the run and
+    those that a run which ended early would go on from; `none` deletes these as well when the final model is there.
+    May change while a run is continued."""
 
     @field_validator("shard_bytes")
     @classmethod

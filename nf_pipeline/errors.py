@@ -128,6 +128,10 @@ class StageOutdated(ObjectCorrupt):
         self.commit = commit
 
 
+class OtherVersion(ObjectCorrupt):
+    """A document is of another format version: another version of this program wrote it."""
+
+
 class AlreadyExists(StorageError):
     """A create-once object is there already: another attempt committed first."""
 

@@ -15,7 +15,7 @@ from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, read_manifest, read_object
-from nf_pipeline.storage.sealed import repair_fix
+from nf_pipeline.storage.sealed import check_version, repair_fix
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.trust import confirm_factory
 
@@ -65,18 +65,15 @@ class ModelCard:
         """Reads what `to_json` returned.
 
         Raises:
-            ObjectCorrupt: a field is missing or unknown, or the version is another one.
+            OtherVersion: it is of another format version.
+            ObjectCorrupt: a field is missing or unknown.
         """
+        check_version(document, "model.json", where)
         try:
             card = read_fields(cls, document)
             card.check()
         except ValueError as error:
             raise ObjectCorrupt(f"model.json is no model description: {error}", where) from None
-        if card.format_version != FORMAT_VERSION:
-            raise ObjectCorrupt(
-                f"model.json has format version {card.format_version}, this program reads {FORMAT_VERSION}",
-                where,
-            )
         return card
 
     def check(self) -> None:

@@ -16,6 +16,7 @@ EXAMPLES = [
     errors.ObjectMissing("no manifest", "s3://bucket"),
     errors.ObjectCorrupt("wrong checksum", "s3://bucket", "resume"),
     errors.StageOutdated("other input", "s3://bucket", "repair", "run/blocks/001/manifest.json"),
+    errors.OtherVersion("format_version: got 1, want 2", "s3://bucket", "train again"),
     errors.AlreadyExists("manifest is there", "/data"),
     errors.BlockError("block-001", "stopped", "try again"),
     errors.OutOfBudget("block-001", "peak 3 MiB, budget 2 MiB", "raise the budget"),

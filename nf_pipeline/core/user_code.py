@@ -43,10 +43,8 @@ def user_code(what: str, fix: str) -> Iterator[None]:
 
 def describe(error: BaseException) -> str:
     """Returns an error's type, the first line of its text, and the file and line that raised it."""
-    try:
-        text = str(error)
-    except Exception:  # a text that the user's class makes
-        text = ""
+    # Not str(error): the text is made by the user's class, which may fail at that too.
+    text = str(traceback.TracebackException(type(error), error, None))
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     reason = text.strip().partition("\n")[0][:_REASON_CHARS]

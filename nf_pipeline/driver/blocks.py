@@ -11,7 +11,7 @@ from typing import Any
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core.partition import budget_for
-from nf_pipeline.driver.early_end import EarlyEnd, find_early_end
+from nf_pipeline.driver.early_end import EarlyEnd, check_counts, find_early_end, may_end_early
 from nf_pipeline.driver.retention import Retention, check_readable
 from nf_pipeline.driver.round_schedule import Round, RoundSchedule
 from nf_pipeline.driver.round_store import RoundStore
@@ -57,7 +57,9 @@ class BlockRuns:
         self._rounds = RoundStore(config, plan, layout, runner)
         self._retention = Retention(runner.store, layout, config.storage.keep_activations, plan)
         self._facts: list[dict[str, Any]] = []
+        self._failed: dict[Round, BaseException] = {}
         self._num_found = 0
+        self._num_val = 0
         self.early_end: EarlyEnd | None = None
 
     @property
@@ -78,6 +80,7 @@ class BlockRuns:
             NFError: the first error for good of any round; the others are stopped.
         """
         done, rounds = self._rounds.find_done(ingest), num_rounds(self._config)
+        self._num_val = ingest.num_rows("val")
         overlap = self._config.cluster.overlap and self._executor.is_parallel
         sources = [block.source_block for block in self._plan.blocks]
         found = self._rounds.find_ahead(done)
@@ -111,12 +114,12 @@ class BlockRuns:
                     running[pool.submit(self._train, work, schedule)] = work
                 # Woken now and then: a round may have begun to publish.
                 finished, _ = wait(running, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
-                for future in finished:
+                for future in sorted(finished, key=running.__getitem__):
                     self._take_end(schedule, running.pop(future), future)
-        except BaseException:
-            self._executor.stop()
-            raise
+                self._raise_needed(schedule)
         finally:
+            if not schedule.is_finished:
+                self._executor.stop()
             pool.shutdown(wait=True)
 
     def _startable(self, schedule: RoundSchedule, running: Collection[Future[None]]) -> list[Round]:
@@ -130,18 +133,25 @@ class BlockRuns:
         return [] if self._runner.stop.is_asked else schedule.ready()
 
     def _take_end(self, schedule: RoundSchedule, work: Round, future: Future[None]) -> None:
-        try:
-            future.result()
-        except InputReplaced as replaced:
-            # The block before was lost while it wrote; its next attempt may need the worker that this round held.
-            logger.info("%s", replaced)
-            schedule.give_back(work)
-        except RunInterrupted:
-            # Whoever reads what this round was writing cannot finish its epoch any more.
+        error = future.exception()
+        if error is None:
+            self._take(schedule, work)
+        elif isinstance(error, InputReplaced | RunInterrupted):
+            # Lost input: the next attempt of the block before may need the worker that this round held. And whoever
+            # reads what this round was writing cannot finish its epoch any more.
+            logger.info("%s", error)
             schedule.withdraw(work)
             schedule.give_back(work)
         else:
-            self._take(schedule, work)
+            self._failed[work] = error
+
+    def _raise_needed(self, schedule: RoundSchedule) -> None:
+        """Ends the run with an error for good, unless its block may be left out yet: then nobody needs it."""
+        may_end = may_end_early(self._config)
+        for work, error in sorted(self._failed.items(), key=lambda item: item[0]):
+            is_known = not may_end or len(self._facts) >= work.block_idx  # all before it are done
+            if is_known and work.block_idx < schedule.num_blocks:
+                raise error
 
     def _take(self, schedule: RoundSchedule, work: Round) -> None:
         self._rounds.take(work)
@@ -156,12 +166,18 @@ class BlockRuns:
         is_done = [count == schedule.num_rounds for count in schedule.done]
         num_done = is_done.index(False) if False in is_done else len(is_done)
         for block_idx in range(len(self._facts), num_done):
-            self._facts.append(read_block(self._runner.store, self._layout, block_idx).facts)
+            self._facts.append(self._read_facts(block_idx))
         if num_done < self._num_found:
             return
         self.early_end = find_early_end(self._config, len(self._plan.blocks), self._facts)
         # A block that was running and has improved after all takes the end back.
         schedule.end_after(self.early_end.num_blocks if self.early_end else len(self._plan.blocks))
+
+    def _read_facts(self, block_idx: int) -> dict[str, Any]:
+        store, planned = self._runner.store, self._plan.blocks[block_idx]
+        block = read_block(store, self._layout, block_idx)
+        check_counts(store, self._layout.block_manifest(block_idx), block, self._plan, planned, self._num_val)
+        return block.facts
 
     def _train(self, work: Round, schedule: RoundSchedule) -> None:
         """Brings one round to its commit."""

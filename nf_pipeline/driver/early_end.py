@@ -1,6 +1,8 @@
 """Whether a run ends before all of its blocks are trained, from what finished blocks reported and nothing else.
 
-So a driver that goes on where another was killed decides the same. Reads no store. Entry: `find_early_end`.
+So a driver that goes on where another was killed decides the same. Reads no store. What blocks reported is compared
+with the plan first: a decision on counts that cannot be would look like any other. Entries: `find_early_end`,
+`check_counts`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,6 +11,11 @@ from typing import Any
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core.early_stop import reason_to_stop
+from nf_pipeline.errors import ObjectCorrupt
+from nf_pipeline.plans import BlockPlan, Plan
+from nf_pipeline.storage.manifest import StageManifest
+from nf_pipeline.storage.sealed import repair_fix
+from nf_pipeline.storage.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +31,11 @@ class EarlyEnd:
     reason: str
 
 
+def may_end_early(config: RunConfig) -> bool:
+    """Whether a run of this configuration may leave blocks out at all."""
+    return config.train.mode == "sequential" and config.exits.patience is not None
+
+
 def find_early_end(config: RunConfig, num_planned: int, facts: Sequence[Mapping[str, Any]]) -> EarlyEnd | None:
     """Decides after the first blocks of a run whether they are all that it needs.
 
@@ -36,8 +48,27 @@ def find_early_end(config: RunConfig, num_planned: int, facts: Sequence[Mapping[
         None if more blocks are to be trained, or none are left; always for a pipelined run, which trains all blocks
         at the same time.
     """
-    if config.train.mode != "sequential" or not 0 < len(facts) < num_planned:
+    if not may_end_early(config) or not 0 < len(facts) < num_planned:
         return None
     counts = [block["val_correct"] for block in facts]
     reason = reason_to_stop(counts, facts[0]["num_val"], config.exits.patience)
     return None if reason is None else EarlyEnd(num_blocks=len(facts), reason=reason)
+
+
+def check_counts(store: Store, key: str, block: StageManifest, plan: Plan, planned: BlockPlan, num_val: int) -> None:
+    """Compares what a block counted on the validation split with what it had to count.
+
+    Args:
+        store, key: where its manifest is, for the error.
+        block: its manifest.
+        plan, planned: the run's plan, and what it says of the block.
+        num_val: samples of the validation split.
+
+    Raises:
+        ObjectCorrupt: it has not one count per exit, or they are of another number of samples.
+    """
+    num_exits, counts = len(plan.units_of(planned)), block.facts.get("val_correct", ())
+    if (len(counts), block.facts.get("num_val")) != (num_exits, num_val):
+        got = f"{len(counts)} counts of {block.facts.get('num_val')} samples"
+        what = f"{key} is damaged: facts.val_correct, num_val: got {got}, want {num_exits} of {num_val}"
+        raise ObjectCorrupt(what, store.uri, repair_fix(store, key))

@@ -70,7 +70,11 @@ class Retention:
         storing = [block_idx for block_idx in range(num_blocks) if self._plan.stores(block_idx)]
         if self._keep == "all":
             return []
-        return storing if self._keep == "none" and is_model_done else storing[:-1]
+        if self._keep == "none" and is_model_done:
+            return storing
+        # A run that ended early goes on from these once it is told to.
+        unread = {block.source_block for block in self._plan.blocks[num_blocks:]}
+        return [block_idx for block_idx in storing[:-1] if block_idx not in unread]
 
     def _release(self, block_idx: int, num_blocks: int) -> None:
         try:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from nf_pipeline.config import AUTO, FORMAT_VERSION, RunConfig, validate_config
+from nf_pipeline.config import AUTO, RunConfig, validate_config
 from nf_pipeline.data.handed_over import describe_files, drop_dataset, settle_dataset, with_dataset
 from nf_pipeline.data.ingest import ingest_fingerprint_of
 from nf_pipeline.driver.blocks import BlockRuns, memory_of
@@ -233,7 +233,7 @@ class _Run:
             document = self._make_plan(fingerprint)
         else:
             self.log.add(StageSkipped(stage="plan", note="finished before"))
-        if (document.get("fingerprint"), document.get("format_version")) != (fingerprint, FORMAT_VERSION):
+        if document.get("fingerprint") != fingerprint:
             raise StageOutdated(
                 f"{self.layout.plan_json} was made for another configuration or input",
                 self.store.uri,

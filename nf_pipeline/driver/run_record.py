@@ -11,7 +11,7 @@ from typing import Any
 
 from nf_pipeline.config import FORMAT_VERSION, RunConfig, field_names, validate_config
 from nf_pipeline.data.sources import absolute_source
-from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, RunConflict, StorageError
+from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, OtherVersion, RunConflict
 from nf_pipeline.plans import Plan
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
@@ -177,18 +177,17 @@ def read_run(store: Store, layout: RunLayout) -> dict[str, Any] | None:
     Raises:
         ObjectCorrupt: it was changed.
         RunConflict: it is another run's.
-        StorageError: it is another version's.
+        OtherVersion: another version of this program wrote it.
     """
     try:
         record = read_sealed(store, layout.run_json)
+    except OtherVersion:
+        raise
     except ObjectCorrupt as error:
         raise ObjectCorrupt(error.what, store.uri, _record_fix(store, layout)) from None
     if record is None:
         return None
-    version, run = record.get("format_version"), record.get("run")
-    if version != FORMAT_VERSION:
-        what = f"{layout.run_json}: format_version: got {version!r}, want {FORMAT_VERSION}"
-        raise StorageError(what, store.uri, "use the version of this program that wrote the run")
+    run = record.get("run")
     if not _has_sections(record.get("config")):
         raise ObjectCorrupt(f"{layout.run_json} holds no configuration", store.uri, _record_fix(store, layout))
     if run != layout.run:
@@ -214,7 +213,7 @@ def find_record(store: Store, layout: RunLayout) -> tuple[dict[str, Any] | None,
     Raises:
         ObjectCorrupt: run.json is damaged and plan.json does not help.
         RunConflict: the whole run is that of another name.
-        StorageError: the run is another version's.
+        OtherVersion: another version of this program wrote the run.
     """
     planned = _planned_record(store, layout)
     try:

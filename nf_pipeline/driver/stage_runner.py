@@ -139,8 +139,8 @@ class StageRunner:
             except Exception as error:  # logged here, whatever it is, and raised again unless it is worth a retry
                 if isinstance(error, InputReplaced):
                     self.stop.check()  # ended before it began, because that was asked for
-                    if work.is_left_out():
-                        raise
+                if work.is_left_out():
+                    raise self._left_out(work, attempt, error) from error
                 failures[type(error)] += 1
                 decision = decide(error, failures[type(error)])
                 text = redacted(str(error))
@@ -154,6 +154,14 @@ class StageRunner:
             if work.commit_key and self.store.size(work.commit_key) is not None:
                 self._log.add(Note(stage=work.name, text="the lost attempt had committed: nothing to repeat"))
                 return {}
+
+    def _left_out(self, work: StageWork, attempt: str, error: Exception) -> InputReplaced:
+        """Says that nobody needs the stage any more; a failure is told, but is no reason to repeat or to end."""
+        if not isinstance(error, InputReplaced):
+            failure = f"{type(error).__name__}: {redacted(str(error))}"
+            text = f"attempt {attempt} failed, but the run needs this block no longer: {failure}"
+            self._log.add(Note(stage=work.name, level="warning", text=text))
+        return InputReplaced(work.name, f"attempt {attempt} has ended: the run needs this block no longer")
 
     def _attempt(
         self, work: StageWork, attempt: str, failures: Counter[type[BaseException]], listen: Listener

@@ -13,12 +13,20 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from nf_pipeline.config import FORMAT_VERSION, RunConfig, validate_config
+from nf_pipeline.config import RunConfig, validate_config
 from nf_pipeline.data.ingest import ingest_fingerprint_of
+from nf_pipeline.driver.early_end import check_counts
 from nf_pipeline.driver.run_lock import read_lock
 from nf_pipeline.driver.run_record import find_record, plan_of
 from nf_pipeline.driver.stages import block_stage, commit_key
-from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, StorageError, StoreUnreachable
+from nf_pipeline.errors import (
+    ConfigError,
+    ObjectCorrupt,
+    ObjectMissing,
+    OtherVersion,
+    StorageError,
+    StoreUnreachable,
+)
 from nf_pipeline.plans import Plan
 from nf_pipeline.run_uri import join_run_uri, split_run_uri
 from nf_pipeline.storage.layout import RunLayout
@@ -205,9 +213,9 @@ class _Inspection:
                 return None
             self._finished.add("plan")
             plan = plan_of(document, self._store.uri)
-            found = (document.get("format_version"), document.get("fingerprint"))
-            wanted = plan_fingerprint(config, ingest.content_checksum) if config and ingest else found[1]
-            same = self._expect("plan", key, "version and fingerprint", found, (FORMAT_VERSION, wanted), key)
+            found = document.get("fingerprint")
+            wanted = plan_fingerprint(config, ingest.content_checksum) if config and ingest else found
+            same = self._expect("plan", key, "fingerprint", found, wanted, key)
             return plan if same else None
         return None
 
@@ -227,6 +235,10 @@ class _Inspection:
                 # Without a plan nobody knows what the block read.
                 inputs = [of.get(idx) for of in wholes[plan.blocks[block_idx].source_block + 1 :]] if plan else [None]
                 whole[idx] = self._belongs(commits[idx], manifest, inputs, wanted)
+                if whole[idx] is not None and plan is not None and ingest is not None:
+                    with self._noting(stage, commits[idx], commits[idx]):
+                        counted = (whole[idx], plan, plan.blocks[block_idx], ingest.num_rows("val"))
+                        check_counts(self._store, commits[idx], *counted)
             if found[last] is None:
                 self._finished.discard(stage)
                 self._look_at_checkpoints(stage, block_idx)
@@ -385,6 +397,8 @@ class _Inspection:
         try:
             yield
         except (ObjectMissing, ObjectCorrupt, ConfigError) as error:
+            if stage == "run" and isinstance(error, OtherVersion):
+                raise  # then so is all the rest
             self._add(stage, key, error.what, commit)
         except StoreUnreachable:
             raise

@@ -16,17 +16,16 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from nf_pipeline.config import fingerprint_of
+from nf_pipeline.config import FORMAT_VERSION, fingerprint_of
 from nf_pipeline.documents import check_types
 from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, WorkerLost
 from nf_pipeline.storage.affine import Affine
 from nf_pipeline.storage.layout import commit_home, stage_home
-from nf_pipeline.storage.sealed import read_sealed, repair_fix, seal
+from nf_pipeline.storage.sealed import check_version, read_sealed, repair_fix, seal
 from nf_pipeline.storage.shards import ShardInfo, TensorSpec, read_shard_info
 from nf_pipeline.storage.store import Data, Store, checksum_of
 
 __all__ = [
-    "MANIFEST_VERSION",
     "ObjectInfo",
     "StageManifest",
     "check_stored",
@@ -38,8 +37,6 @@ __all__ = [
     "store_object",
     "verify_manifest",
 ]
-
-MANIFEST_VERSION = 1
 
 _LOOK_UP_THREADS = 8
 _LIST_FROM = 16
@@ -86,7 +83,7 @@ class StageManifest:
     weights: ObjectInfo | None = None
     objects: tuple[ObjectInfo, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
-    format_version: int = MANIFEST_VERSION
+    format_version: int = FORMAT_VERSION
 
     @property
     def content_checksum(self) -> str:
@@ -132,12 +129,12 @@ class StageManifest:
         """Reads what `to_json` returned.
 
         Raises:
-            ObjectCorrupt: a field is missing or has another type, or the version is another; names it.
+            OtherVersion: it is of another format version.
+            ObjectCorrupt: a field is missing or has another type; names it.
         """
         _known_version(document, where)
         shards = _typed(document, "shards", dict, where)
         return cls(
-            format_version=MANIFEST_VERSION,
             stage=_typed(document, "stage", str, where),
             fingerprint=_typed(document, "fingerprint", str, where),
             input_checksum=_typed(document, "input_checksum", str, where),
@@ -180,6 +177,7 @@ def read_manifest(store: Store, key: str) -> StageManifest | None:
     """Reads a stage's manifest; None if the stage is not finished.
 
     Raises:
+        OtherVersion: another version of this program wrote it.
         ObjectCorrupt: it was changed, cannot be understood, is another stage's, or names what is not its stage's.
     """
     document = read_sealed(store, key)
@@ -260,9 +258,8 @@ def _problem(entry: ShardInfo | ObjectInfo, size: int | None) -> str:
 def _known_version(document: Any, where: str) -> None:
     if not isinstance(document, dict):
         raise _corrupt(where, f"got {type(document).__name__}, want an object")
-    version = _typed(document, "format_version", int, where)
-    if version != MANIFEST_VERSION:
-        raise _corrupt(where, f"format_version: got {version}, want {MANIFEST_VERSION}")
+    _typed(document, "format_version", int, where)
+    check_version(document, where, "")
 
 
 def _read_spec(document: dict[str, Any], where: str) -> TensorSpec | None:
@@ -350,9 +347,25 @@ def _read_facts(document: dict[str, Any], where: str) -> dict[str, Any]:
     facts = _typed(document, "facts", dict, where)
     try:
         check_types(_KnownFacts, facts)
+        _check_counts(facts)
     except ValueError as error:
         raise _corrupt(where, f"facts.{error}") from None
     return _Facts(facts)
+
+
+def _check_counts(facts: dict[str, Any]) -> None:
+    """Refuses what no validation can count; the accuracies of exits are quotients of these.
+
+    Raises:
+        ValueError: names the fact.
+    """
+    if facts.keys().isdisjoint(("val_correct", "num_val")):
+        return  # not of a block
+    counts, num_val = facts.get("val_correct", []), facts.get("num_val", 0)
+    if not counts or not 0 <= min(counts) <= max(counts) <= num_val:
+        raise ValueError(
+            f"val_correct, num_val: got {counts[:5]} of {num_val}, want a count of 0 to num_val per exit"
+        )
 
 
 def _optional(document: dict[str, Any], name: str, where: str) -> dict[str, Any] | None:

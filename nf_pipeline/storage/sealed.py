@@ -8,7 +8,8 @@
 
 Every small document of a run is written like this, as no manifest could vouch for it: a flipped bit, a cut end or a
 well-meant edit is an error that names the document instead of another result. It guards against damage, not against
-whoever can write to the store. Deliberately knows nothing of what the documents say. Entries: `seal`, `read_sealed`.
+whoever can write to the store. Of what the documents say it knows the format version, and refuses every other one.
+Entries: `seal`, `read_sealed`, `check_version`.
 """
 
 import json
@@ -17,8 +18,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from nf_pipeline.config import FORMAT_VERSION
 from nf_pipeline.documents import parse_json
-from nf_pipeline.errors import ObjectCorrupt, ObjectMissing
+from nf_pipeline.errors import ObjectCorrupt, ObjectMissing, OtherVersion
 from nf_pipeline.run_uri import join_run_uri
 from nf_pipeline.storage.store import Data, Store, checksum_of
 
@@ -40,7 +42,7 @@ def unseal(data: Data) -> dict[str, Any]:
     """
     text = bytes(data)
     document = parse_json(text)
-    end = _END.fullmatch(text, max(0, len(text) - _END_BYTES))
+    end = _find_end(text)
     if not isinstance(document, dict):
         raise ValueError(f"got a JSON {type(document).__name__}, want an object")
     if end is None:
@@ -60,6 +62,7 @@ def read_sealed(store: Store, key: str, fix: str = "") -> dict[str, Any] | None:
         fix: what to do if it is damaged; by default a repair of the run.
 
     Raises:
+        OtherVersion: another version of this program wrote it.
         ObjectCorrupt: it was changed since it was written, or is something else.
     """
     try:
@@ -67,9 +70,41 @@ def read_sealed(store: Store, key: str, fix: str = "") -> dict[str, Any] | None:
     except ObjectMissing:
         return None
     try:
-        return unseal(data)
+        document = unseal(data)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        check_version(_unsealed(data), key, store.uri)
         raise ObjectCorrupt(f"{key} is damaged: {error}", store.uri, fix or repair_fix(store, key)) from None
+    check_version(document, key, store.uri)
+    return document
+
+
+def check_version(document: Any, where: str, uri: str) -> None:
+    """Refuses a document that says that it is of another format version; one that says nothing passes.
+
+    Raises:
+        OtherVersion: names the version that was found and the one that this program reads.
+    """
+    found = document.get("format_version", FORMAT_VERSION) if isinstance(document, dict) else FORMAT_VERSION
+    if found != FORMAT_VERSION:
+        raise OtherVersion(
+            f"{where} was written by another version of this program: format_version: got {found!r}, "
+            f"want {FORMAT_VERSION}",
+            uri,
+            "use the version that wrote it, or train again under another --run name",
+        )
+
+
+def _find_end(text: bytes) -> re.Match[bytes] | None:
+    return _END.fullmatch(text, max(0, len(text) - _END_BYTES))
+
+
+def _unsealed(data: Data) -> Any:
+    """Reads a document that never had a checksum, as those of the first versions; None for every other one."""
+    text = bytes(data)
+    try:
+        return None if _find_end(text) else parse_json(text)
+    except ValueError:
+        return None
 
 
 def repair_fix(store: Store, key: str) -> str:

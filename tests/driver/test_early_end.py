@@ -1,24 +1,29 @@
 """Runs that end before all of their blocks are trained, because deeper exits do not pay."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damaged_runs import Run, edit, finish
 
 from nf_pipeline.config import DataConfig, RunConfig
+from nf_pipeline.driver import run as driver_run
 from nf_pipeline.driver.early_end import find_early_end
 from nf_pipeline.driver.gc import collect_garbage
 from nf_pipeline.driver.run import resume, train
 from nf_pipeline.driver.status import read_status
 from nf_pipeline.driver.use import evaluate
 from nf_pipeline.driver.verify import NOT_NEEDED, verify_run
-from nf_pipeline.errors import ObjectMissing
-from nf_pipeline.events import Event, Note, StageDone, StageNotNeeded, StageStarted
+from nf_pipeline.errors import Diverged, ObjectCorrupt, ObjectMissing
+from nf_pipeline.events import Event, Note, Publishing, StageDone, StageFailed, StageNotNeeded, StageStarted
+from nf_pipeline.executors.inline import InlineExecutor
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import open_store
 
 MakeConfig = Callable[..., RunConfig]
+Facts = dict[str, Any]
 LAYOUT = RunLayout("run")
 NUM_BLOCKS = 3
 
@@ -132,3 +137,130 @@ def test_pipelined_run_trains_all_blocks(hopeless: MakeConfig) -> None:
 def test_run_whose_blocks_are_all_trained_did_not_end_early(hopeless: MakeConfig) -> None:
     facts = {"val_correct": [1], "num_val": 10}
     assert find_early_end(hopeless(), 2, [facts, facts]) is None
+
+
+@pytest.fixture(scope="module")
+def ended_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of three blocks that ended after two, and that nobody may change."""
+    hopeless = {"train__lr": 1e-7, "train__epochs": 1, "memory__join_threshold": 0.0, "exits__patience": 1}
+    return finish(tmp_path_factory.mktemp("ended") / "runs", **hopeless)
+
+
+def _without_counts(facts: Facts) -> None:
+    del facts["val_correct"], facts["num_val"]
+
+
+CRAFTED: dict[str, Callable[[Facts], object]] = {
+    "no count": lambda facts: facts.update(val_correct=[]),
+    "more correct than there are": lambda facts: facts.update(val_correct=[facts["num_val"] + 1]),
+    "fewer than none": lambda facts: facts.update(val_correct=[-1]),
+    "counts missing": lambda facts: facts.pop("val_correct"),
+    "samples missing": lambda facts: facts.pop("num_val"),
+    "both missing": _without_counts,
+    "more counts than exits": lambda facts: facts.update(val_correct=[1, *facts["val_correct"]]),
+    "counts of other samples": lambda facts: facts.update(num_val=10**6),
+}
+
+
+@pytest.mark.parametrize("change", CRAFTED)
+def test_counts_that_cannot_be_are_damage_not_a_decision(ended_run: Run, tmp_path: Path, change: str) -> None:
+    run = ended_run.copy(tmp_path / "runs")
+    edit(run.path("blocks/001/manifest.json"), lambda document: CRAFTED[change](document["facts"]))
+    with pytest.raises(ObjectCorrupt, match=r"blocks/001/manifest.json is damaged: facts\.val_correct") as caught:
+        resume(run.uri)
+    assert "--repair" in caught.value.fix
+    assert [problem.stage for problem in verify_run(run.uri).problems] == ["block-001"]
+
+
+@pytest.mark.parametrize("change", ["no count", "more counts than exits"])
+def test_repair_trains_a_block_again_whose_counts_cannot_be(ended_run: Run, tmp_path: Path, change: str) -> None:
+    run = ended_run.copy(tmp_path / "runs")
+    edit(run.path("blocks/001/manifest.json"), lambda document: CRAFTED[change](document["facts"]))
+    summary = resume(run.uri, repair=True)
+    assert (summary["stopped_after_block"], summary["weights_checksum"]) == (1, ended_run.summary["weights_checksum"])
+
+
+@pytest.mark.parametrize("keep", ["all", "last", "none"])
+def test_what_blocks_left_out_would_read_stays_unless_nothing_is_kept(hopeless: MakeConfig, keep: str) -> None:
+    """The fourth block reads the first one's activations, and is left out with the one before it."""
+    config = hopeless(storage__cache="shards", train__unit_layers=1, memory__budget_bytes="16MiB")
+    config = config.model_copy(update={"storage": config.storage.model_copy(update={"keep_activations": keep})})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_event=_interrupt_first_block)
+    edit(Path(config.storage.uri, "run", "plan.json"), _plan_one_unit_each)
+    assert train(config)["stopped_after_block"] == 1
+    assert verify_run(uri_of(config)).is_whole
+    assert blocks_with_shards(config) == {"all": [0, 1], "last": [0, 1], "none": []}[keep]
+    if keep == "none":
+        with pytest.raises(ObjectMissing, match="--repair, which trains block-000, block-001 again"):
+            resume(uri_of(config), patience="never")
+    summary = resume(uri_of(config), patience="never", repair=keep == "none")
+    assert len(summary["blocks"]) == summary["num_blocks_planned"] == 6
+
+
+def _plan_one_unit_each(document: dict[str, Any]) -> None:
+    block, num_units = document["blocks"][0], len(document["units"])
+    document["blocks"] = [
+        {**block, "block_idx": idx, "units": [idx, idx + 1], "layers": [idx, idx + 1], "source_block": source}
+        for idx, source in zip(range(num_units), (-1, 0, 1, 0, 3, 4), strict=True)
+    ]
+
+
+def _interrupt_first_block(event: Event) -> None:
+    if isinstance(event, StageStarted) and event.stage == "block-000":
+        raise KeyboardInterrupt
+
+
+class OverlappingExecutor(InlineExecutor):
+    """Runs stages in threads of this process. The third block fails while the second one is still being written, or
+    only once nobody needs it any more."""
+
+    def __init__(self, *, fails_at_once: bool) -> None:
+        self._fails_at_once = fails_at_once
+        self._may_go_on = threading.Event()
+
+    @property
+    def is_parallel(self) -> bool:
+        """Lets blocks overlap."""
+        return True
+
+    def run(self, name: str, stage: str, task: Any, resources: Any, is_wanted: Any) -> Iterator[Event]:
+        """Holds the second block until the third one has begun, or failed."""
+        if "/block-002 " in name:
+            yield from self._fail(is_wanted)
+        for event in super().run(name, stage, task, resources):
+            yield event
+            if isinstance(event, Publishing) and event.stage == "block-001":
+                assert self._may_go_on.wait(30)
+
+    def observe(self, event: Event) -> None:
+        """Lets the second block end."""
+        if event.stage == "block-002" and isinstance(event, StageFailed if self._fails_at_once else StageStarted):
+            self._may_go_on.set()
+
+    def _fail(self, is_wanted: Callable[[], bool]) -> Iterator[Event]:
+        yield StageStarted(stage="block-002", attempt="a", worker="w")
+        while not self._fails_at_once and is_wanted():
+            self._may_go_on.wait(0.01)
+        raise Diverged("block-002", "loss nan in epoch 1", "lower train.lr")
+
+
+@pytest.mark.parametrize(("fails_at_once", "tells"), [(True, StageFailed), (False, Note)])
+def test_failure_of_a_block_that_is_left_out_is_told_and_does_not_fail_the_run(
+    hopeless: MakeConfig, monkeypatch: pytest.MonkeyPatch, fails_at_once: bool, tells: type[Event]
+) -> None:
+    executor, events = OverlappingExecutor(fails_at_once=fails_at_once), []
+    monkeypatch.setattr(driver_run, "open_executor", lambda cluster, run: executor)
+    summary = train(config := hopeless(), on_event=events.append)
+    assert summary["stopped_after_block"] == 1
+    assert any(e.stage == "block-002" and isinstance(e, tells) and "loss nan" in e.text for e in events)
+    assert states(config)[4] == "not needed"
+
+
+def test_failure_of_a_block_that_is_needed_fails_the_run(
+    hopeless: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = OverlappingExecutor(fails_at_once=True)
+    monkeypatch.setattr(driver_run, "open_executor", lambda cluster, run: executor)
+    with pytest.raises(Diverged, match="loss nan"):
+        train(hopeless(exits__patience=3))

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from small_plans import chain_plan
 
 from nf_pipeline.driver.gc import clear_run
 from nf_pipeline.driver.retention import Retention
 from nf_pipeline.errors import AlreadyExists
-from nf_pipeline.plans import BlockPlan, Plan
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.local import LocalStore
 from nf_pipeline.storage.manifest import (
@@ -32,30 +32,7 @@ from nf_pipeline.worker.checkpoint_record import CheckpointRecord, read_record
 
 LAYOUT = RunLayout("run")
 NUM_BLOCKS = 4
-PLAN = Plan(
-    model="convnet",
-    num_classes=10,
-    image_shape=(1, 8, 8),
-    budget_bytes=1,
-    layers=(),
-    units=(),
-    blocks=tuple(
-        BlockPlan(
-            block_idx=idx,
-            units=(idx, idx + 1),
-            layers=(idx, idx + 1),
-            batch_size=2,
-            budget_bytes=1,
-            predicted_peak_bytes=1,
-            shard_bytes=1,
-            reason="",
-        )
-        for idx in range(NUM_BLOCKS)
-    ),
-    params_full=1,
-    flops_full=1,
-    profile_s=0.0,
-)
+PLAN = chain_plan(NUM_BLOCKS)
 NUM_HISTORIES = 15
 STEPS = 40
 

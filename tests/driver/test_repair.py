@@ -68,7 +68,7 @@ def from_another_stage(source: str) -> Damage:
 
 
 def of_another_version(run: Run, other: Run, pattern: str) -> None:
-    edit(run.path(pattern), lambda document: document.update(format_version=2))
+    edit(run.path(pattern), lambda document: document.update(format_version=1))
 
 
 def edited(old: bytes, new: bytes) -> Damage:
@@ -103,7 +103,7 @@ CASES = {
     "block manifest edited": Case(BLOCKS[1], edited(b'"train_s"', b'"train_t"'), ("block-001",)),
     "block manifest of another run": Case(BLOCKS[0], from_another_run, ("block-000",)),
     "block manifest of another stage": Case(BLOCKS[1], from_another_stage(BLOCKS[0]), ("block-001",)),
-    "block manifest of another version": Case(BLOCKS[2], of_another_version, ("block-002",)),
+    "block manifest of another version": Case(BLOCKS[2], of_another_version, ("block-002",), None),
     "final weights with a flipped bit": Case("model/model.safetensors", flipped, ("model",), None),
     "model description edited": Case("model/model.json", edited(b'"mean"', b'"Mean"'), ("model",), None),
     "model card missing": Case("model/README.md", missing, ("model",)),

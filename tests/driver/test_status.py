@@ -5,14 +5,14 @@ import time
 from pathlib import Path
 
 import pytest
+from small_plans import chain_plan
 
-from nf_pipeline.config import validate_config
+from nf_pipeline.config import FORMAT_VERSION, validate_config
 from nf_pipeline.driver.event_log import EventLog
 from nf_pipeline.driver.run_record import open_run
 from nf_pipeline.driver.status import overall_state, read_plan, read_status
 from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing
 from nf_pipeline.events import EpochDone, Event, StageDone, StageFailed, StageSkipped, StageStarted
-from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, commit_manifest
 from nf_pipeline.storage.sealed import seal
@@ -29,50 +29,8 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def plan_of(num_blocks: int) -> Plan:
-    return Plan(
-        model="convnet",
-        num_classes=10,
-        image_shape=(1, 8, 8),
-        budget_bytes=2**26,
-        layers=tuple(
-            LayerSpec(layer_idx=i, name=f"features.{i}", out_shape=(8, 8, 8), params=1, flops=1)
-            for i in range(num_blocks)
-        ),
-        units=tuple(
-            UnitProfile(
-                unit_idx=i,
-                start=i,
-                stop=i + 1,
-                bytes_per_sample=1,
-                constant_bytes=1,
-                resident_bytes=1,
-                head_params=1,
-                head_flops=1,
-            )
-            for i in range(num_blocks)
-        ),
-        blocks=tuple(
-            BlockPlan(
-                block_idx=i,
-                units=(i, i + 1),
-                layers=(i, i + 1),
-                batch_size=8,
-                budget_bytes=2**26,
-                predicted_peak_bytes=1,
-                shard_bytes=0,
-                reason="",
-            )
-            for i in range(num_blocks)
-        ),
-        params_full=1,
-        flops_full=1,
-        profile_s=0.0,
-    )
-
-
 def put_plan(store: Store, num_blocks: int) -> None:
-    document = {"format_version": 1, "fingerprint": "f", **plan_of(num_blocks).to_json()}
+    document = {"format_version": FORMAT_VERSION, "fingerprint": "f", **chain_plan(num_blocks).to_json()}
     store.put(LAYOUT.plan_json, seal(document))
 
 
@@ -211,7 +169,7 @@ def test_status_with_an_unreadable_object_names_it(store: Store, key: str) -> No
 def test_read_plan_gives_back_the_stored_plan(store: Store) -> None:
     assert read_plan(f"{store.uri}/run") is None
     put_plan(store, 2)
-    assert read_plan(f"{store.uri}/run") == plan_of(2)
+    assert read_plan(f"{store.uri}/run") == chain_plan(2)
 
 
 def test_read_plan_of_another_document_is_corrupt(store: Store) -> None:

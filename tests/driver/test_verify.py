@@ -139,13 +139,12 @@ def set_field(field: str, value: object) -> Callable[[dict], None]:
 @pytest.mark.parametrize(
     ("pattern", "stage", "field", "value"),
     [
-        ("run.json", "run", "format_version", 2),
         ("run.json", "run", "fingerprint", "0" * 16),
-        ("plan.json", "plan", "format_version", 2),
+        ("plan.json", "plan", "format_version", 3),
         ("plan.json", "plan", "fingerprint", "0" * 16),
-        ("ingest/manifest.json", "ingest", "format_version", 2),
+        ("ingest/manifest.json", "ingest", "format_version", 3),
         ("ingest/manifest.json", "ingest", "fingerprint", "0" * 16),
-        ("blocks/001/manifest.json", "block-001", "format_version", 2),
+        ("blocks/001/manifest.json", "block-001", "format_version", 3),
         ("blocks/001/manifest.json", "block-001", "fingerprint", "0" * 16),
         ("blocks/001/manifest.json", "block-001", "input_checksum", "0" * 16),
         ("blocks/001/manifest.json", "block-001", "stage", "block-000"),

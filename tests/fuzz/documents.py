@@ -155,5 +155,5 @@ def sample_manifest() -> dict[str, Any]:
         "shards": {"train": [{**info, "num_rows": 3}], "val": []},
         "weights": ObjectInfo(**info).__dict__,
         "objects": [info],
-        "facts": {"train_s": 1.0, "val_correct": [1, 2], "checkpoint": {"epoch": 1}},
+        "facts": {"train_s": 1.0, "val_correct": [1, 2], "num_val": 3, "checkpoint": {"epoch": 1}},
     }

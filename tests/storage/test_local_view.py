@@ -1,8 +1,12 @@
 """Views of a local store's objects: the same bytes as `get` gives, alive after the object is gone."""
 
+import errno
+import mmap
+
 import pytest
 
 from nf_pipeline.errors import ObjectMissing, StorageError
+from nf_pipeline.storage import local
 from nf_pipeline.storage.local import LocalStore
 
 
@@ -33,3 +37,27 @@ def test_view_of_nothing_or_of_what_is_outside_is_an_error(store: LocalStore) ->
         store.view("a/b")
     with pytest.raises(StorageError, match="no relative path"):
         store.view("../a")
+
+
+class BadPages(mmap.mmap):
+    """Mapped pages that the disk cannot read."""
+
+    def madvise(self, *_: int) -> None:
+        raise OSError(errno.EFAULT, "Bad address")
+
+
+def test_a_disk_that_cannot_read_mapped_pages_is_an_error_and_not_the_end_of_the_process(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("a/b", bytes(2**20))
+    monkeypatch.setattr(local.mmap, "mmap", BadPages)
+    with pytest.raises(StorageError, match="cannot read a/b: Input/output error"):
+        store.view("a/b")
+
+
+def test_view_reads_its_pages_where_the_system_has_no_word_for_it(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("a", b"data" * 2**18)
+    monkeypatch.setattr(local, "_POPULATE_READ", 12345)
+    assert bytes(store.view("a")) == b"data" * 2**18

@@ -134,8 +134,8 @@ def test_wrong_or_missing_field_is_named(manifest, path, value):
 
 
 def test_another_version_says_got_and_want(manifest):
-    with pytest.raises(ObjectCorrupt, match="format_version: got 2, want 1"):
-        StageManifest.from_json({**manifest.to_json(), "format_version": 2})
+    with pytest.raises(ObjectCorrupt, match="format_version: got 1, want 2"):
+        StageManifest.from_json({**manifest.to_json(), "format_version": 1})
 
 
 def test_edited_manifest_is_corrupt_and_the_error_offers_a_repair(store, manifest):

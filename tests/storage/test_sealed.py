@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from nf_pipeline.errors import ObjectCorrupt
+from nf_pipeline.config import FORMAT_VERSION
+from nf_pipeline.errors import ObjectCorrupt, OtherVersion
 from nf_pipeline.storage.sealed import read_sealed, repair_command, seal, unseal
 from nf_pipeline.storage.store import open_store
 
 DOCUMENT = {
-    "format_version": 1,
+    "format_version": FORMAT_VERSION,
     "rate": 1e-05,
     "names": ["Zürich", 'a "quoted" text'],
     "inner": {"checksum": "sha256:"},
@@ -67,3 +68,21 @@ def test_absent_document_is_none(tmp_path: Path) -> None:
 def test_command_that_repairs_names_the_run_of_any_key(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     assert repair_command(store, "r/blocks/000/manifest.json") == f"nf-pipeline resume {tmp_path}/r --repair"
+
+
+@pytest.mark.parametrize("is_sealed", [True, False], ids=["sealed", "from before documents were sealed"])
+def test_document_of_another_version_is_refused_with_both_versions_and_a_way_out(
+    tmp_path: Path, is_sealed: bool
+) -> None:
+    store, document = open_store(str(tmp_path)), {**DOCUMENT, "format_version": 1}
+    store.put("run/run.json", seal(document) if is_sealed else json.dumps(document, indent=1).encode())
+    with pytest.raises(OtherVersion, match=r"run/run\.json .*format_version: got 1, want 2") as caught:
+        read_sealed(store, "run/run.json")
+    assert "another --run name" in caught.value.fix
+
+
+def test_damaged_version_of_a_sealed_document_is_damage(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put("run/run.json", seal(DOCUMENT).replace(b'"format_version": 2', b'"format_version": 3'))
+    with pytest.raises(ObjectCorrupt, match="is damaged: checksum"):
+        read_sealed(store, "run/run.json")

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trained_digits import train_digits
 
-from nf_pipeline.config import RunConfig, resolve_config
-from nf_pipeline.driver.run import train
+from nf_pipeline.config import RunConfig
 from nf_pipeline.driver.run_record import load_plan
 from nf_pipeline.plans import Plan
 from nf_pipeline.storage.layout import RunLayout
@@ -30,24 +30,17 @@ Trained = tuple[RunConfig, Store, Plan]
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A finished run of three blocks that all stored float32 shards."""
     uri = str(tmp_path_factory.mktemp("runs"))
-    config = resolve_config(
-        flags={
-            "memory.budget_bytes": "4MiB",
+    config = train_digits(
+        uri,
+        {
             "memory.join_threshold": 0.0,
             "data.max_train_images": 200,
             "train.unit_layers": 2,
-            "train.epochs": 2,
             "train.precision": request.param,
-            "train.device": "cpu",
-            "storage.uri": uri,
-            "storage.dtype": "float32",
             "storage.cache": "shards",
             "exits.patience": "never",
-            "cluster.executor": "inline",
-            "cluster.num_threads": 1,
-        }
+        },
     )
-    train(config)
     store = open_store(uri)
     return config, store, load_plan(store, LAYOUT)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trained_digits import train_digits
 
 from nf_pipeline.config import RunConfig, resolve_config
 from nf_pipeline.driver.run import train
@@ -28,19 +29,7 @@ CPU = torch.device("cpu")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Store, RunLayout]:
     """A finished run of two epochs on some digits."""
     uri = str(tmp_path_factory.mktemp("runs"))
-    config = resolve_config(
-        flags={
-            "memory.budget_bytes": "4MiB",
-            "data.max_train_images": 300,
-            "train.epochs": 2,
-            "storage.uri": uri,
-            "storage.dtype": "float32",
-            "cluster.executor": "inline",
-            "cluster.num_threads": 1,
-            "train.device": "cpu",
-        }
-    )
-    train(config)
+    config = train_digits(uri, {"data.max_train_images": 300})
     return config, open_store(uri), RunLayout("run")
 
 

@@ -1,20 +1,19 @@
 """Trains the same layers with stored, recomputed and automatically chosen inputs, on a fast and on a slow store.
 
-    python workflows/benchmarks/cache_policy.py --data DIR --output cache_policy.json
+    python workflows/benchmarks/cache_policy.py --data FILE.parquet
 
-Case "local folder": shards come from the machine's own disk, and computing the layers before a block again costs more
-than reading. Case "slow S3": a real S3 server behind a proxy that lets so many bytes a second pass per request. Both
-train one block per layer, as the tight budget wants it, on the same images; a run's seconds are those of training and
-writing of all its blocks, as its summary has them. Policies take turns, so that a slow minute of the machine does not
-hit one alone. S3 server and proxy are those of the tests (`pip install '.[test]'`), found beside this file's folder.
-Entry: `compare`.
+Case "local folder": a ResNet-18, whose shards come from the machine's own disk: computing the wide maps of its first
+layers again for every block, in every epoch, costs more than reading what they lead to. Case "slow S3": a small
+network and a real S3 server behind a proxy that lets so many bytes a second pass per request. Every layer has a head
+of its own; a run's seconds are those of training and writing of all its blocks, as its summary has them, and "waited"
+is the part of them in which training waited for data. Policies take turns, so that a slow minute of the
+machine does not hit one alone. S3 server and proxy are those of the tests (`pip install '.[test]'`), found beside
+this file's folder. Entry: `compare`.
 """
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,15 +21,35 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+from measuring import add_run_options, make_parser, report, run_script
 
 from nf_pipeline import train
 from nf_pipeline.config import resolve_config
 from nf_pipeline.driver.status import read_plan
-from nf_pipeline.errors import NFError
 
 POLICIES = ("shards", "recompute", "auto")
 TESTS = Path(__file__).parents[2] / "tests"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is trained where.
+
+    Attributes:
+        name: in the table.
+        model, memory_budget, max_train_images, epochs: as for `nf-pipeline train`.
+    """
+
+    name: str
+    model: str
+    memory_budget: str
+    max_train_images: int
+    epochs: int
+
+
+LOCAL = Case(name="local folder", model="resnet18", memory_budget="96MiB", max_train_images=120, epochs=6)
+SLOW = Case(name="slow S3", model="convnet", memory_budget="40MiB", max_train_images=200, epochs=1)
+CASES = {case.name: case for case in (LOCAL, SLOW)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +77,15 @@ class Result:
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> list[Result]:
-    """Runs every policy in both cases, `--repeats` times."""
+    """Runs every policy in every case, `--repeats` times."""
     results = []
     with slow_s3(folder, arguments.slow_bytes_per_s) as slow:
-        for case, store, epochs in (
-            ("local folder", str(folder / "runs"), arguments.epochs),
-            ("slow S3", slow, arguments.slow_epochs),
-        ):
-            if arguments.case not in ("both", case):
-                continue
+        for name in arguments.cases:
+            case, store = CASES[name], slow if name == SLOW.name else str(folder / "runs")
             for repeat in range(arguments.repeats):
                 for policy in POLICIES:
-                    name = f"{policy}-{repeat}"
-                    results.append(_run(arguments, case, policy, store, name, epochs))
-                    print(f"{case}, {policy}: {results[-1].seconds:.1f} s", file=sys.stderr)
+                    results.append(_run(arguments, case, policy, f"{store}/{policy}-{repeat}"))
+                    print(f"{name}, {policy}: {results[-1].seconds:.1f} s", file=sys.stderr, flush=True)
     return results
 
 
@@ -93,17 +107,18 @@ def slow_s3(folder: Path, bytes_per_s: float) -> Iterator[str]:
         yield f"s3://{server.make_bucket()}"
 
 
-def _run(arguments: argparse.Namespace, case: str, policy: str, store: str, name: str, epochs: int) -> Result:
+def _run(arguments: argparse.Namespace, case: Case, policy: str, uri: str) -> Result:
+    store, _, name = uri.rpartition("/")
     config = resolve_config(
         flags={
             "data.source": arguments.data,
             "data.image_size": arguments.image_size,
-            "data.max_train_images": arguments.max_train_images,
-            "model.name": arguments.model,
-            "memory.budget_bytes": arguments.memory_budget,
+            "data.max_train_images": case.max_train_images,
+            "model.name": case.model,
+            "memory.budget_bytes": case.memory_budget,
             "memory.join_threshold": 0.0,
             "train.local": "layer",
-            "train.epochs": epochs,
+            "train.epochs": case.epochs,
             "train.device": "cpu",
             "exits.patience": "never",
             "cluster.executor": "inline",
@@ -114,10 +129,10 @@ def _run(arguments: argparse.Namespace, case: str, policy: str, store: str, name
         }
     )
     summary = train(config)
-    plan = read_plan(f"{store}/{name}")
+    plan = read_plan(uri)
     blocks = summary["blocks"]
     return Result(
-        case=case,
+        case=case.name,
         policy=policy,
         sources=[block.source_block for block in plan.blocks],
         stored_bytes=sum(block["shard_bytes"] for block in blocks),
@@ -129,55 +144,65 @@ def _run(arguments: argparse.Namespace, case: str, policy: str, store: str, name
 
 
 def table(results: Sequence[Result]) -> str:
-    """Renders medians per case and policy."""
+    """Renders medians per case and policy, and per case a sentence on what `auto` took."""
     lines = [
         "| case | `--cache` | input of each block | stored MB | predicted s | measured s | waited s | last exit |",
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
-    for case in dict.fromkeys(result.case for result in results):
-        for policy in POLICIES:
-            runs = [result for result in results if (result.case, result.policy) == (case, policy)]
-            seconds, waited = (
-                statistics.median(getattr(run, name) for run in runs) for name in ("seconds", "waited_s")
-            )
-            last = runs[-1]
-            inputs = " ".join("images" if source < 0 else str(source + 1) for source in last.sources)
-            lines.append(
-                f"| {case} | {policy} | {inputs} | {last.stored_bytes / 1e6:.0f} "
-                f"| {statistics.median(run.predicted_s for run in runs):.1f} | {seconds:.1f} | {waited:.1f} "
-                f"| {100 * last.last_exit:.1f} % |"
-            )
-    return "\n".join(lines)
+    cases = list(dict.fromkeys(result.case for result in results))
+    for case in cases:
+        lines += [_row([run for run in results if (run.case, run.policy) == (case, policy)]) for policy in POLICIES]
+    return "\n".join([*lines, "", *(_sentence(case, results) for case in cases)])
+
+
+def _row(runs: Sequence[Result]) -> str:
+    last = runs[-1]
+    inputs = " ".join("images" if source < 0 else str(source + 1) for source in last.sources)
+    return (
+        f"| {last.case} | {last.policy} | {inputs} | {last.stored_bytes / 1e6:.0f} "
+        f"| {_median(runs, 'predicted_s'):.1f} | {_median(runs, 'seconds'):.1f} | {_median(runs, 'waited_s'):.1f} "
+        f"| {100 * last.last_exit:.1f} % |"
+    )
+
+
+def _sentence(case: str, results: Sequence[Result]) -> str:
+    of = {policy: [run for run in results if (run.case, run.policy) == (case, policy)] for policy in POLICIES}
+    seconds = {policy: _median(runs, "seconds") for policy, runs in of.items()}
+    slower, faster = sorted(("shards", "recompute"), key=lambda policy: -seconds[policy])
+    num_same = sum(
+        ours == theirs for ours, theirs in zip(of["auto"][-1].sources, of[faster][-1].sources, strict=True)
+    )
+    return (
+        f"- {case}: {faster} is {seconds[slower] / seconds[faster]:.1f} times as fast as {slower}; auto takes the "
+        f"input of {faster} for {num_same} of {len(of['auto'][-1].sources)} blocks and "
+        f"{seconds['auto'] / seconds[faster]:.2f} of its time"
+    )
+
+
+def _median(runs: Sequence[Result], name: str) -> float:
+    return statistics.median(getattr(run, name) for run in runs)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = make_parser(__doc__, "bench-results/cache-policy.json")
+    add_run_options(parser, num_threads=1)
+    parser.add_argument("--image-size", type=int, default=32, help="pixels on both sides [%(default)s]")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="[%(default)s]")
+    parser.add_argument(
+        "--slow-bytes-per-s", type=float, default=4e6, help="of every request, in either direction [%(default)s]"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="of every run [%(default)s]")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Compares and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--max-train-images", type=int, default=300)
-    parser.add_argument("--model", default="convnet")
-    parser.add_argument("--memory-budget", default="40MiB")
-    parser.add_argument("--case", choices=("both", "local folder", "slow S3"), default="both")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--slow-epochs", type=int, default=2)
-    parser.add_argument("--slow-bytes-per-s", type=float, default=4e6, help="of every request, in either direction")
-    parser.add_argument("--num-threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    """Compares and reports."""
+    arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            results = compare(arguments, Path(folder))
-        except NFError as error:
-            sys.exit(f"error: {error}")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.processor()}
-    if arguments.output is not None:
-        settings = {name: str(value) for name, value in vars(arguments).items()}
-        document = {"settings": settings, "versions": versions, "runs": [asdict(result) for result in results]}
-        arguments.output.write_text(json.dumps(document, indent=1))
-    print(table(results))
+        results = compare(arguments, Path(folder))
+    report(arguments, table(results), {"runs": [asdict(result) for result in results]})
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

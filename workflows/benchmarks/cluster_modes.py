@@ -13,18 +13,17 @@ seconds of the block that takes longest, as measured in that very run.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from measuring import add_run_options, add_settings, make_parser, report, run_script
 
 from nf_pipeline import RunConfig, train
 from nf_pipeline.config import resolve_config
-from nf_pipeline.errors import NFError
 from nf_pipeline.events import Event, StageDone, StageStarted
 
 NUM_THREADS = 1
@@ -175,37 +174,21 @@ def _spread(parts: Sequence[float]) -> str:
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="as for nf-pipeline train")
-    parser.add_argument("--model", default="convnet", help="as for nf-pipeline train")
-    parser.add_argument("--memory-budget", default="4MiB", help="what training may hold on a worker")
-    parser.add_argument("--max-train-images", type=int, help="train on a stratified, seeded subset")
-    parser.add_argument("--epochs", type=int, default=8, help="per block")
-    parser.add_argument("--round-epochs", type=int, default=1, help="epochs per round of the pipelined mode")
-    parser.add_argument("--workers", type=int, default=2, help="nodes of one CPU each")
-    parser.add_argument("--seeds", type=int, default=3, help="runs per mode")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
-    parser.add_argument("--output", type=Path, help="write all results as JSON")
+    parser = make_parser(__doc__)
+    size = {"model": "convnet", "memory_budget": "4MiB", "max_train_images": None, "epochs": 8}
+    add_run_options(parser, **size, seeds=3)
+    add_settings(parser)
+    parser.add_argument("--round-epochs", type=int, default=1, help="epochs between rounds, pipelined [%(default)s]")
+    parser.add_argument("--workers", type=int, default=2, help="nodes of one CPU each [%(default)s]")
     return parser.parse_args(given)
 
 
 def main() -> None:
-    """Compares, prints the table and writes the JSON."""
+    """Compares and reports."""
     arguments = parse_arguments()
     results = compare_modes(arguments)
-    print(table(results))
-    if arguments.output:
-        document = {
-            "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-            "settings": {name: str(value) for name, value in vars(arguments).items()},
-            "results": [asdict(result) for result in results],
-        }
-        arguments.output.write_text(json.dumps(document, indent=2), encoding="utf8")
+    report(arguments, table(results), {"results": [asdict(result) for result in results]})
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NFError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

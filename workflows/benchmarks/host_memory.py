@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from measuring import add_settings, make_parser, report, run_script
 
 from nf_pipeline.config import RunConfig, resolve_config, validate_config
 from nf_pipeline.driver.run_record import open_run
@@ -248,26 +249,25 @@ def table(usages: Sequence[Usage]) -> str:
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=4000, help="at the smallest size, all splits together")
-    parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16], help="multiples of --images")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels per side")
-    parser.add_argument("--rows-per-file", type=int, default=500, help="of the stored images")
-    parser.add_argument("--classes", type=int, default=10, help="number of labels")
-    parser.add_argument("--format", choices=("JPEG", "PNG", "BMP"), default="JPEG", help="of the stored images")
-    parser.add_argument("--model", default="host_memory:small_net", help="as for nf-pipeline train")
-    parser.add_argument("--memory-budget", default="3MiB", help="as for nf-pipeline train")
-    parser.add_argument("--shard-bytes", default="512KiB", help="storage.shard_bytes")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="any other setting")
+    parser = make_parser(__doc__)
+    parser.add_argument("--images", type=int, default=4000, help="at the smallest size, all splits [%(default)s]")
+    parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 16], help="of --images [%(default)s]")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels per side [%(default)s]")
+    parser.add_argument("--rows-per-file", type=int, default=500, help="of the stored images [%(default)s]")
+    parser.add_argument("--classes", type=int, default=10, help="number of labels [%(default)s]")
+    parser.add_argument("--format", choices=("JPEG", "PNG", "BMP"), default="JPEG", help="[%(default)s]")
+    parser.add_argument("--model", default="host_memory:small_net", help="as for nf-pipeline train [%(default)s]")
+    parser.add_argument("--memory-budget", default="3MiB", help="as for nf-pipeline train [%(default)s]")
+    parser.add_argument("--shard-bytes", default="512KiB", help="storage.shard_bytes [%(default)s]")
+    add_settings(parser)
     parser.add_argument("--no-driver", action="store_true", help="measure the stages only, without Ray")
     parser.add_argument("--scratch", type=Path, help="where images and runs go, and are removed again")
-    parser.add_argument("--output", type=Path, help="write all results as JSON")
     parser.add_argument("--measure", nargs=2, metavar=("PROCESS", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
 
 def main() -> None:
-    """Measures, prints the table and writes the JSON."""
+    """Measures and reports."""
     arguments = parse_arguments()
     if arguments.measure:
         process, folder = arguments.measure
@@ -277,19 +277,8 @@ def main() -> None:
     for usage in measure_sizes(arguments):
         usages.append(usage)
         print(json.dumps(asdict(usage)), file=sys.stderr, flush=True)
-    print(table(usages))
-    if arguments.output:
-        document = {
-            "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-            "settings": {name: str(value) for name, value in vars(arguments).items()},
-            "usages": [asdict(usage) for usage in usages],
-        }
-        arguments.output.write_text(json.dumps(document, indent=2), encoding="utf8")
+    report(arguments, table(usages), {"usages": [asdict(usage) for usage in usages]})
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except NFError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

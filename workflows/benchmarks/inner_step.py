@@ -1,7 +1,7 @@
 """Times the training step of local units with and without single changes, and prints what each change is worth.
 
-    python workflows/benchmarks/inner_step.py --models vgg11_bn resnet18 --batches 8 32 128
-    python workflows/benchmarks/inner_step.py --profile          # the parts of a step, by torch.profiler
+    python workflows/benchmarks/inner_step.py            # each choice that was kept, on two models
+    python workflows/benchmarks/inner_step.py --profile  # the parts of a step, by torch.profiler
 
 Every unit of a model is timed alone, on random images of the size that it would see. The variants of a unit take
 turns, step by step, in one process, so that a machine that slows down slows all of them down: what counts is the
@@ -12,18 +12,16 @@ Shapes: N batch, C channels, H, W, K classes.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import make_parser, report, run_script
 from torch import nn
 
 from nf_pipeline.config import TrainConfig
@@ -196,6 +194,9 @@ VARIANTS: dict[str, Callable[[Scene], Step]] = {
     "forward, inference mode": forward_inference,
     "forward, contiguous": forward_contiguous,
 }
+KEPT = ["contiguous", "foreach optimiser", "loop optimiser", "bf16", "forward, contiguous"]
+"""What was before each choice that was kept, and the precision that the user may ask for."""
+
 BASELINES = {name: "forward" if name.startswith("forward") else "train" for name in VARIANTS}
 
 
@@ -332,31 +333,20 @@ def _seconds(step: Step, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return {
-        "device": name or platform.machine(),
-        "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "bench-results/inner-step.json")
     parser.add_argument("--models", nargs="+", default=["vgg11_bn", "resnet18"], help="of the registry [%(default)s]")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128], help="batch sizes [%(default)s]")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 64], help="batch sizes [%(default)s]")
     parser.add_argument("--unit-layers", type=int, default=2, help="layers per unit [%(default)s]")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--turns", type=int, default=7, help="how often each variant is timed [%(default)s]")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=KEPT, metavar="NAME")
+    parser.add_argument("--turns", type=int, default=4, help="how often each variant is timed [%(default)s]")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="[%(default)s]")
     parser.add_argument("--num-threads", type=int, default=os.cpu_count(), help="CPU threads [%(default)s]")
     parser.add_argument("--profile", action="store_true", help="print the parts of a step instead")
-    parser.add_argument("--output", type=Path, default=Path("bench-results/inner-step.json"), help="[%(default)s]")
     return parser.parse_args()
 
 
-def _main() -> int:
+def _main() -> None:
     arguments = _parse_arguments()
     torch.set_num_threads(arguments.num_threads)
     if arguments.profile:
@@ -364,19 +354,15 @@ def _main() -> int:
             parts = list(profile_unit(scene, arguments.turns).items())[:8]
             shown = ", ".join(f"{name} {part:.0%}" for name, part in parts)
             print(f"{scene.model} layers {scene.layers[0]}-{scene.layers[1] - 1} batch {scene.batch_size}: {shown}")
-        return 0
+        return
     timings = []
     for scene in scenes(arguments):
         print(f"{scene.model} layers {scene.layers} batch {scene.batch_size}", file=sys.stderr, flush=True)
         timings += measure_unit(scene, arguments.variants, arguments.turns)
         torch.compiler.reset()  # a limit on compiled versions of one function would make later units run plainly
-    document = {"machine": _machine(resolve_device(arguments.device)), "timings": [asdict(one) for one in timings]}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf8")
-    print(render_table(timings))
-    print(f"\n{arguments.output}")
-    return 0
+    text = "by the baseline: above 1 a step takes longer with the variant than as training runs it now"
+    report(arguments, f"{render_table(timings)}\n\n{text}", {"timings": [asdict(one) for one in timings]})
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    run_script(_main)
