@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def measure_epoch(task: Task, method: Method, fit: Fit, folder: Path) -> float:
     Returns:
         Infinity where a GPU's allocator refuses the batch that should fit: whoever trains then goes down from it.
     """
-    trainer = _Trainer(task, method, fit, BaselineState(folder))
     try:
+        trainer = _Trainer(task, method, fit, BaselineState(folder))
         trainer.train_images(_WARM_IMAGES)
         began = time.monotonic()
         num_images = trainer.train_images(_TIMED_IMAGES)
@@ -258,7 +259,13 @@ class _Trainer:
     def _correct(self, split: str) -> list[int] | None:
         if not self._task.ingest.shards.get(split):
             return None
-        return counted(count_correct(self._units, self._feed(split), self._method.precision, self._meter))
+        feed = self._val_feed if split == "val" else self._feed(split)
+        return counted(count_correct(self._units, feed, self._method.precision, self._meter))
+
+    @cached_property
+    def _val_feed(self) -> Feed:
+        """Opened once, as the pipeline does it: its shards are hashed once."""
+        return self._feed("val")
 
     def _feed(self, split: str, *, augmented: bool = False) -> Feed:
         kind = self._config.augment

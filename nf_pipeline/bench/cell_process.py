@@ -113,7 +113,9 @@ class _Measurement:
             folder=folder,
             deadline=self._deadline,
             tell=self._tell,
-            limit=None if cell.limit_s is None else Limit(seconds=cell.limit_s, target=cell.target or 1.0),
+            limit=None
+            if cell.limit_s is None
+            else Limit(seconds=cell.limit_s, target=1.0 if cell.target is None else cell.target),
         )
 
     def _fits(self) -> Result:

@@ -5,7 +5,6 @@ checkpoints, storing and reading activations. Reading the data set and looking a
 every other method. Entries: `run_pipeline`; `plan_ahead` and `hand_plan` let several trainings share one plan.
 """
 
-import contextlib
 import json
 import math
 import statistics
@@ -86,8 +85,11 @@ def plan_ahead(config: RunConfig) -> dict[str, Any]:
 
     store, key = open_store(config.storage.uri), RunLayout(config.run).plan_json
     if read_sealed(store, key) is None:
-        with contextlib.suppress(RunInterrupted):
+        try:
             train(config, on_event=end, stop=stop)
+        except RunInterrupted:
+            if read_sealed(store, key) is None:
+                raise
     return read_sealed(store, key) or {}
 
 

@@ -123,7 +123,7 @@ def reference_for(cell: Document, own: Sequence[Document]) -> Document | None:
         for other in own
         if (other["cell"]["kind"], other["cell"]["method"], other["cell"]["seed"])
         == ("train", REFERENCE, cell["seed"])
-        and "curve" in other
+        and other["status"] == "done"
     ]
     same = [other for other in trained if other["cell"]["budget_bytes"] == cell["budget_bytes"]]
     larger = [other for other in trained if other["cell"]["budget_bytes"] > cell["budget_bytes"]]

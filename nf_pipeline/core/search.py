@@ -1,8 +1,8 @@
 """Searches the ways to form units for the fastest one whose batches train well.
 
 Every way (`nf_pipeline.core.proposals`) is partitioned under the budget on estimated bytes and priced with measured
-seconds. The best is drafted anew from whole steps and verified; where it does not fit after all the next best is, and
-where none of the estimates held all are drafted from whole steps. Where the user fixed the units nothing is estimated
+seconds. The best is drafted anew from whole steps and verified, until the best is one that has been; where none of
+the estimates holds all are drafted from whole steps. Where the user fixed the units nothing is estimated
 or timed. Knows nothing of models and data. Entry: `search_plan`.
 """
 
@@ -60,11 +60,11 @@ def search_plan(
         with contextlib.suppress(PlanError):
             return _settle(job, [unbeaten], times, rates)
     proposals = _proposals(job)
-    try:
-        return _settle(job, _draft_all(job, proposals, job.estimate, on_progress), times, rates)
-    except (PlanError, ConfigError):
-        # Estimates are not what a budget is refused for.
-        return _settle(job, _draft_all(job, proposals, job.profile, on_progress), times, rates)
+    # Estimates are not what a budget is refused for.
+    with contextlib.suppress(PlanError):
+        if estimated := _estimated(job, proposals, on_progress):
+            return _settle(job, estimated, times, rates)
+    return _settle(job, _draft_all(job, proposals, job.profile, on_progress), times, rates)
 
 
 def _proposals(job: PlanJob) -> list[Proposal]:
@@ -74,6 +74,14 @@ def _proposals(job: PlanJob) -> list[Proposal]:
         good = min(job.memory.good_batch_size, job.memory.max_batch_size)
         proposals += propose_narrow(job.num_layers, lambda span: fits(span, good))
     return proposals
+
+
+def _estimated(job: PlanJob, proposals: Sequence[Proposal], on_progress: Progress | None) -> list[Draft]:
+    """Returns drafts from estimates; none where the model cannot be looked at."""
+    try:
+        return _draft_all(job, proposals, job.estimate, on_progress)
+    except ConfigError:
+        return []
 
 
 def _draft_all(
@@ -97,25 +105,31 @@ def _draft_all(
 def _settle(
     job: PlanJob, drafts: list[Draft], times: TimeModel, rates: StoreRates | None
 ) -> tuple[Draft, tuple[Candidate, ...]]:
-    """Takes the best draft that fits in whole steps too.
+    """Takes the draft that is still the best when its bytes are counted in whole steps.
 
     Raises:
-        PlanError: none does.
-        ConfigError: the best cannot be predicted.
+        PlanError: none fits; of all errors the one that is content with the smallest budget.
+        ConfigError: the best cannot be predicted or timed.
     """
     priced = [with_sources(job, draft, times, rates, is_final=False) for draft in drafts]
-    while True:
+    verified: dict[Proposal, Draft] = {}
+    errors = []
+    while priced:
         chosen = _choose(priced, job)
-        try:
-            exact = draft_plan(job, chosen.proposal, job.profile(chosen.proposal.spans))
-            final = with_sources(job, verify_draft(job, exact), times, rates)
-        except PlanError:
-            # Estimates leave out what holds for a moment only, and a GPU needs more than any profile says.
-            priced.remove(chosen)
-            if not priced:
-                raise
-        else:
+        if chosen.proposal in verified:
+            final = with_sources(job, verified[chosen.proposal], times, rates)
             return final, _candidates([final, *(draft for draft in priced if draft is not chosen)], job)
+        position = priced.index(chosen)
+        try:
+            exact = verify_draft(job, draft_plan(job, chosen.proposal, job.profile(chosen.proposal.spans)))
+        except PlanError as error:
+            # Estimates leave out what holds for a moment only, and a GPU needs more than any profile says.
+            errors.append(error)
+            del priced[position]
+        else:
+            verified[chosen.proposal] = exact
+            priced[position] = with_sources(job, exact, times, rates, is_final=False)
+    raise min(errors, key=lambda error: error.smallest_budget_bytes)
 
 
 def _unbeaten(job: PlanJob) -> Draft | None:

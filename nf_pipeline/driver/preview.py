@@ -38,16 +38,21 @@ class Preview:
     @property
     def buffer_bytes(self) -> int:
         """Bytes of host memory that reading and writing shards takes of a worker at most."""
-        shard_bytes = self.config.storage.shard_bytes
+        reading, writing = (
+            reader_bytes(self.config.storage.shard_bytes),
+            writer_bytes(self.config.storage.shard_bytes),
+        )
         blocks = self.plan.blocks
         stored = {-1: self.image_bytes, **{block.block_idx: block.shard_bytes for block in blocks}}
-        # Twice: what is there is held as stored and as decoded.
-        return max(
-            # Two readers: while one epoch is validated, the next one's first shards are there already.
-            min(2 * reader_bytes(shard_bytes), 2 * stored[block.source_block])
-            + min(writer_bytes(shard_bytes), 2 * block.shard_bytes)
-            for block in blocks
-        )
+        most = 0
+        for block in blocks:
+            # Twice: what is there is held as stored and as decoded.
+            source_bytes, written_bytes = 2 * stored[block.source_block], 2 * block.shard_bytes
+            # While one epoch is validated the next one's first shards are there already; nothing is written then.
+            training = min(2 * reading, source_bytes)
+            caching = min(reading, source_bytes) + min(writing, written_bytes)
+            most = max(most, training, caching)
+        return most
 
     @property
     def placement(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nf_pipeline.documents import parse_json
-from nf_pipeline.errors import AlreadyExists, NFError, ObjectMissing, RunLocked, StorageError
+from nf_pipeline.errors import AlreadyExists, ObjectMissing, RunLocked, StorageError
 from nf_pipeline.host import has_ended, process_identity, worker_name
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import Store
@@ -145,8 +145,8 @@ class RunLock:
             if self._lost_to is None:
                 self._record = replace(self._record, beat=self._record.beat + 1, is_released=is_released)
                 _write(self._store.put, self._layout, self._record)
-        except (NFError, OSError, RuntimeError) as error:  # what stores, and clients that shut down, raise
-            # The beats must go on: without them the run is given away.
+        except Exception as error:
+            # Whatever a store's client raises, the beats must go on: without them the run is given away.
             # Nobody else can take a run over in a store that cannot be reached; if only we cannot, we find out later.
             logger.warning("the lock of run %s could not be renewed: %s", self._layout.run, error)
         finally:

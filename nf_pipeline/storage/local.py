@@ -156,6 +156,8 @@ def _read_pages(pages: mmap.mmap) -> None:
     """Reads a mapped file now: who takes rows out of it later, here and there, should not wait for a disk."""
     try:
         pages.madvise(_POPULATE_READ)
+    except AttributeError:  # Windows has no madvise
+        np.frombuffer(pages, np.uint8)[:: mmap.PAGESIZE].max()
     except OSError as error:
         if error.errno == errno.EFAULT:  # reading these pages where they are used would end the process
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from error

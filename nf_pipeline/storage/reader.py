@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
@@ -180,7 +180,7 @@ class ShardReader:
         shuffle_shards: bool = True,
         timeout_s: float | None = None,
         make: Callable[[Batch], Any] = lambda batch: batch,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """Yields one epoch of the part, every row exactly once (for the exceptions see `divide_rows`).
 
         The first batches are gathered from this call on, whether or not anybody takes them yet. The epoch ends, and
@@ -219,7 +219,7 @@ class ShardReader:
         next(batches)  # starts the threads; nothing is yielded yet
         return batches
 
-    def _gathered(self, line: "_Line", ended: threading.Event) -> Iterator[Any]:
+    def _gathered(self, line: "_Line", ended: threading.Event) -> Generator[Any, None, None]:
         ahead = deque(line.submit() for _ in range(BATCHES_AHEAD))
         try:
             yield

@@ -8,7 +8,7 @@ memory from the moment the consumer tracks it.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from nf_pipeline.storage.reader import Batch, ShardReader
 from nf_pipeline.storage.shards import TensorSpec
 from nf_pipeline.storage.store import Store
 from nf_pipeline.worker.augment import augment_images
+from nf_pipeline.worker.runtime import compute_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ class _Maker:
 
     def make(self, epoch: int, batch: Batch) -> _Made:
         """Does what needs no device; runs in the threads that gather, several times at once."""
+        compute_alone()
         stored = torch.from_numpy(batch.tensors).view(TORCH_DTYPES[self._spec.dtype])
         stored = stored.view(len(batch.labels), *self._spec.shape)
         if self._augmentation is not None:
@@ -157,7 +159,7 @@ class Feed:
         self._device = device
         self._maker = _Maker(spec, device, normalise, augmentation)
         self._wait_s = 0.0
-        self._begun: tuple[dict[str, Any], Iterator[_Made]] | None = None
+        self._begun: tuple[dict[str, Any], Generator[_Made, None, None]] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -209,7 +211,13 @@ class Feed:
         order = {"seed": seed, "epoch": epoch, "shuffle": shuffle, "shuffle_shards": shuffle_shards, "even": even}
         self._begun = order, self._begin(order)
 
-    def _begin(self, order: dict[str, Any]) -> Iterator[_Made]:
+    def close(self) -> None:
+        """Ends what `prefetch` began, and its threads."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun[1].close()
+
+    def _begin(self, order: dict[str, Any]) -> Generator[_Made, None, None]:
         return self._reader.batches(**order, make=partial(self._maker.make, order["epoch"]))
 
     def _awaited(self, made: Iterator[_Made]) -> DeviceBatch | None:

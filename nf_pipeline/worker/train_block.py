@@ -6,7 +6,7 @@ who renders its events. Entry: `train_block`.
 """
 
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import cached_property
 
@@ -66,8 +66,9 @@ def train_block(task: BlockTask) -> Iterator[Event]:
         with Replicas(task.stage, task.gang, device) as replicas:
             attempt = _Attempt(task, device, replicas, *open_run_store(task.config))
             yield attempt.started()
-            for epoch in range(attempt.record.epoch, task.epochs[1]):
-                yield from attempt.train_epoch(epoch)
+            with closing(attempt.train_feed):
+                for epoch in range(attempt.record.epoch, task.epochs[1]):
+                    yield from attempt.train_epoch(epoch)
             shards = yield from attempt.write()
             result = attempt.commit(shards)
     except torch.OutOfMemoryError as error:
@@ -216,9 +217,9 @@ class _Attempt:
             if clock.is_due():
                 rate = clock.rate(num_images)
                 yield self._progress("train", epoch, num_images, sum(sizes), rate, guard.last_loss())
+        guard.check()
         if epoch + 1 < self.task.epochs[1]:  # while this one is validated
             feed.prefetch(epoch=epoch + 1, shuffle_shards=self._may_shuffle(epoch + 1), **order)
-        guard.check()
 
     def _may_shuffle(self, epoch: int) -> bool:
         # Fresh activations are read in the order in which they are written; see block_input.

@@ -1,17 +1,19 @@
 """Added-up bytes of units against those of whole steps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from nf_pipeline.config import RunConfig
+from nf_pipeline.config import MemoryConfig, RunConfig
 from nf_pipeline.core.drafts import PlanJob
 from nf_pipeline.core.estimate import Inputs, UnitEstimator, look_at
 from nf_pipeline.core.layers import CutModel, cut
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.planner import make_plan
 from nf_pipeline.errors import ConfigError
-from nf_pipeline.plans import Plan, UnitSpan
+from nf_pipeline.plans import Plan, UnitProfile, UnitSpan
 
 IMAGE_SHAPE = (3, 32, 32)
 ROWS = {"train": 900, "val": 100}
@@ -120,3 +122,24 @@ def test_where_nothing_can_be_estimated_whole_steps_make_the_same_plan(monkeypat
     estimated = plan()
     monkeypatch.setattr(UnitEstimator, "profile", refuse)
     assert plan().units == estimated.units
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.85, 2.0])
+def test_estimates_that_are_far_off_change_no_promise_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    honest = UnitEstimator.profile
+
+    def wrong(self: UnitEstimator, span: UnitSpan) -> UnitProfile:
+        unit = honest(self, span)
+        scaled = [int(factor * part) for part in (unit.bytes_per_sample, unit.constant_bytes, unit.resident_bytes)]
+        return replace(unit, bytes_per_sample=scaled[0], constant_bytes=scaled[1], resident_bytes=scaled[2])
+
+    monkeypatch.setattr(UnitEstimator, "profile", wrong)
+    cfg = config_for("convnet").model_copy(update={"memory": MemoryConfig(budget_bytes="3MiB")})
+    plan = make_plan(cfg, image_shape=(3, 16, 16), num_classes=10, split_rows=ROWS)
+    assert max(block.predicted_peak_bytes for block in plan.blocks) <= 3 * 2**20
+    (taken,) = [candidate for candidate in plan.candidates if candidate.verdict == "taken"]
+    assert taken.batch_sizes == tuple(block.batch_size for block in plan.blocks)
+    rivals = [one for one in plan.candidates if "is below" not in one.verdict]
+    assert all(one.predicted_s >= taken.predicted_s / 1.06 for one in rivals)

@@ -115,3 +115,24 @@ def test_a_pass_that_nobody_takes_ends_with_its_feed(store: Store) -> None:
     assert reader_threads()
     del feed
     assert reader_threads() == []
+
+
+def test_a_pass_that_was_begun_ends_when_the_feed_is_closed_and_can_be_asked_for_again(store: Store) -> None:
+    feed = open_numbered(store)
+    feed.prefetch(seed=0, epoch=1, shuffle=True, even=True)
+    feed.close()
+    assert reader_threads() == []
+    assert len(list(feed.batches(epoch=1, shuffle=True, even=True))) == 10
+
+
+def test_threads_that_gather_compute_alone_and_the_training_thread_as_before(store: Store, monkeypatch) -> None:
+    feed, threads = open_numbered(store), []
+    real = _Maker.numbers
+    monkeypatch.setattr(_Maker, "numbers", lambda *args: threads.append(torch.get_num_threads()) or real(*args))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert len(list(feed.batches(even=True))) == 10
+        assert (set(threads), torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
