@@ -1,8 +1,8 @@
 """What the planner's choice costs beside the best baseline: the question of a budget in one line.
 
 Baselines train their whole schedule, the pipeline that of every block, unless deeper exits stop to improve; what
-either is worth is in the other tables. A baseline that was given up is no candidate: backpropagation is. The precision is the same:
-bf16 is open to every method. Pure. Entry: `compare_choices`.
+either is worth is in the other tables. A baseline that was given up is no candidate: backpropagation is. The
+precision is the same: bf16 is open to every method. Pure. Entry: `compare_choices`.
 """
 
 import statistics

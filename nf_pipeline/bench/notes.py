@@ -5,10 +5,11 @@ from typing import Any
 from nf_pipeline.bench.settings import short_name
 
 _SECONDS = (
-    "Seconds hold training and a validation after every epoch; the pipeline's hold profiling, planning, caching and "
-    "loading too. Starting the process, reading the data set, finding the batch of a baseline, the search for a "
-    "learning rate and the test are in nobody's. The pipeline's accuracy at a time is that of its best exit so far; the "
-    "exit that it keeps may be up to `exits.tolerance` (0.5 points) below, and the best of several exits is a little lucky."
+    "Seconds hold training and a validation after every epoch; the pipeline's hold profiling, planning, caching "
+    "and loading too. Starting the process, reading the data set, finding the batch of a baseline, the search for "
+    "a learning rate and the test are in nobody's. The pipeline's accuracy at a time is that of its best exit so "
+    "far; the exit that it keeps may be up to `exits.tolerance` (0.5 points) below, and the best of several exits "
+    "is a little lucky."
 )
 _BYTES = (
     "Bytes read are those of the shards that the batches come from, each time that they are gone through, mapped or "
