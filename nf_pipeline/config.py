@@ -30,7 +30,7 @@ from nf_pipeline.redact import holds_credentials, redacted
 from nf_pipeline.units import parse_bytes
 
 FORMAT_VERSION = 2
-"""Of every document of a run: run.json, plan.json, manifests, summary.json, model.json. Another one is refused."""
+"""Of the documents of a run: run.json, plan.json, stages' manifests, summary.json, model.json. Another is refused."""
 
 MAX_FILE_BYTES = 64 * 2**10
 """Size of a configuration file; one with every setting takes some 3 KiB."""

@@ -1,7 +1,7 @@
 """A proposal under the budget: its units' predicted bytes, and the blocks that follow from them.
 
 To compare drafts estimates of single units are enough; the one that is taken is drafted anew from units' profiles and
-verified block by block. Knows nothing of seconds: which draft is the fastest is for the planner. Entries:
+verified block by block. Knows nothing of seconds: which draft is the fastest is for the search. Entries:
 `draft_plan`, `verify_draft`.
 """
 

@@ -3,7 +3,7 @@
 From a head on every layer (the paper's form) over a head every few layers to all layers with the model's own
 classifier, which is plain backpropagation; each with or without activation checkpointing inside. Between them lie
 units grown for a batch: as many layers as fit the budget with it, so that few heads are paid for where memory is
-loose and many where it is tight. Which is fastest is for the planner to find out. Entry: `propose`.
+loose and many where it is tight. Which is fastest is for the search to find out. Entry: `propose`.
 """
 
 from collections.abc import Callable, Iterator

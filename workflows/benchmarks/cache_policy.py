@@ -79,7 +79,8 @@ class Result:
 def compare(arguments: argparse.Namespace, folder: Path) -> list[Result]:
     """Runs every policy in every case, `--repeats` times."""
     results = []
-    with slow_s3(folder, arguments.slow_bytes_per_s) as slow:
+    needs_s3 = SLOW.name in arguments.cases
+    with slow_s3(folder, arguments.slow_bytes_per_s) if needs_s3 else contextlib.nullcontext("") as slow:
         for name in arguments.cases:
             case, store = CASES[name], slow if name == SLOW.name else str(folder / "runs")
             for repeat in range(arguments.repeats):
