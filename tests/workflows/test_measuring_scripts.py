@@ -34,10 +34,14 @@ def test_inner_step_compares_every_variant_with_its_baseline(tmp_path: Path) -> 
 
 def test_early_stop_continues_the_run_that_it_ended_and_compares_what_both_chose(tmp_path: Path) -> None:
     small = ("--max-train-images", "120", "--epochs", "1", "--memory-budget", "3MiB", "--unit-layers", "4")
-    printed, document = run_script("early_stop.py", tmp_path, *small, "--seeds", "1", "--patience", "1")
+    data = str(FOLDER.parent.parent / "nf_pipeline" / "data" / "digits.parquet")
+    printed, document = run_script(
+        "early_stop.py", tmp_path, *small, "--seeds", "1", "--patience", "1", "--data", data
+    )
     (seed,) = document["seeds"]
     stopped, whole = seed["stopped"], seed["whole"]
     assert whole["num_blocks"] == seed["num_planned"] > 2
+    assert document["settings"]["data"] == "digits.parquet"
     assert stopped["num_blocks"] == seed["would_stop_after"]["1"]
     assert (stopped["num_blocks"] < whole["num_blocks"]) == (seed["left_out_s"] > 0)
     same = stopped["exit_layer"] == whole["exit_layer"]

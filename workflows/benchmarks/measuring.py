@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nf_pipeline.bench.settings import short_name
 from nf_pipeline.errors import NFError
 
 PACKAGES = ("nf_pipeline", "torch", "pyarrow", "ray", "s3fs")
@@ -87,7 +88,12 @@ def report(arguments: argparse.Namespace, table: str, results: dict[str, Any]) -
     document = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine,
-        "settings": {name: str(value) for name, value in vars(arguments).items() if name != "output"},
+        "settings": {
+            # Where the images lie is nobody else's business.
+            name: short_name(str(value)) if name == "data" else str(value)
+            for name, value in vars(arguments).items()
+            if name != "output"
+        },
         **results,
     }
     title = f"{Path(sys.argv[0]).name}, {document['date']}, {machine['num_cpus']} CPUs ({machine['processor']}), load"

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from nf_pipeline import RunConfig, train
 from nf_pipeline.config import resolve_config
+from nf_pipeline.bench.settings import short_name
 from nf_pipeline.errors import NFError
 
 TYPES = (
@@ -187,6 +188,7 @@ def main() -> None:
     print(table)
     if arguments.output:
         settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("folder", "output")}
+        settings["data"] = short_name(arguments.data)
         document = {"title": title, "settings": settings, "results": [asdict(result) for result in results]}
         arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf8")
         arguments.output.with_suffix(".md").write_text(table, encoding="utf8")
