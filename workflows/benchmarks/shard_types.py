@@ -22,8 +22,8 @@ from datetime import date
 from pathlib import Path
 
 from nf_pipeline import RunConfig, train
-from nf_pipeline.config import resolve_config
 from nf_pipeline.bench.settings import short_name
+from nf_pipeline.config import resolve_config
 from nf_pipeline.errors import NFError
 
 TYPES = (
