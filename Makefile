@@ -8,7 +8,7 @@
 # make lint        style and formatting
 # make bench       this project beside backpropagation at several budgets: a quarter of an hour on two cores, for
 #                  DATA=PATH with CIFAR-10 in any form that train reads; results in workflows/benchmarks/results/;
-#                  BENCH_FLAGS='--seeds 3' repeats it with other seeds, 11 minutes each
+#                  BENCH_FLAGS='--seeds 3' repeats it with other seeds, 8 minutes each
 # make bench-gpu   the same with VGG-16, VGG-19 and ResNet-18 at 100 to 500 MiB of a GPU, full schedules; it ends
 #                  after BENCH_SECONDS (540): run it again and again, each call goes on where the last one ended.
 #                  It installs nothing and uses no network: BENCH_PYTHON must have torch, torchvision, pyarrow,
