@@ -1,5 +1,6 @@
 """Runs in processes of their own, from a server that has loaded torch already."""
 
+import faulthandler
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 from load_config import make_config
 
+_HANGS_AFTER_S = 240
 _PRELOADED = ["nf_pipeline.worker.train_block", "nf_pipeline.worker.assemble", "nf_pipeline.core.planner"]
 
 
@@ -29,5 +31,8 @@ def train_at_once(names: Sequence[str], store: str, **changes: Any) -> list[Mapp
 def _train(name: str, store: str, environment: Mapping[str, str], changes: Mapping[str, Any]) -> Mapping[str, Any]:
     from nf_pipeline import train
 
+    # A crash, or a run that hangs, is to say where: the pool would only wait for its result.
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(_HANGS_AFTER_S)
     os.environ.update(environment)  # the server that this process comes from may be older than the store
     return train(make_config(store, run=name, **changes))
