@@ -17,7 +17,7 @@ from torch import nn
 from nf_pipeline.core.tensor_file import read_tensors
 from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, StorageError
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import checksum_of
+from nf_pipeline.storage.manifest import ObjectInfo, checksum_of
 from nf_pipeline.storage.sealed import repair_command, seal
 from nf_pipeline.storage.store import Store
 from nf_pipeline.worker.checkpoint_record import CheckpointRecord, read_record
@@ -56,28 +56,29 @@ def unpack_units(units: Sequence[nn.Module], first_unit: int, tensors: dict[str,
             ) from None
 
 
-def save_checkpoint(
-    store: Store,
-    layout: RunLayout,
-    prefix: str,
-    record: CheckpointRecord,
-    units: Sequence[nn.Module],
-    optimizers: Sequence[torch.optim.Optimizer],
+def save_tensors(
+    store: Store, key: str, units: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
+) -> ObjectInfo:
+    """Writes weights, buffers and momentum; they are no checkpoint before `save_record` has named them."""
+    data = safetensors.torch.save(pack_units(units, 0) | _pack_momentum(optimizers))
+    store.put(key, data)
+    return ObjectInfo(key=key, num_bytes=len(data), checksum=checksum_of(data))
+
+
+def save_record(
+    store: Store, layout: RunLayout, prefix: str, record: CheckpointRecord, tensors: ObjectInfo
 ) -> CheckpointRecord:
-    """Writes tensors, then the record, then removes the tensors of the epoch before.
+    """Makes stored tensors the attempt's checkpoint, then removes those of the epoch before.
 
     Args:
         prefix: the attempt's folder.
-        record: `key` and `checksum` are filled in here.
+        record: of the epoch, with `key` and `checksum` still those of the one before.
+        tensors: as `save_tensors` returned.
 
     Returns:
         The record as stored.
     """
-    tensors = pack_units(units, 0) | _pack_momentum(optimizers)
-    data = safetensors.torch.save(tensors)
-    key = layout.checkpoint_tensors(prefix, record.epoch)
-    stored = replace(record, key=key, checksum=checksum_of(data))
-    store.put(key, data)
+    stored = replace(record, key=tensors.key, checksum=tensors.checksum)
     store.put(layout.checkpoint_record(prefix), seal({"record": asdict(stored)}))
     if record.key.startswith(f"{prefix}/"):
         delete_quietly(store, [record.key])

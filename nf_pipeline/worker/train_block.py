@@ -6,6 +6,7 @@ who renders its events. Entry: `train_block`.
 """
 
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -22,12 +23,13 @@ from nf_pipeline.errors import OutOfBudget, WorkerLost
 from nf_pipeline.events import EpochDone, Event, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.manifest import ObjectInfo
 from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 from nf_pipeline.storage.store import Store
 from nf_pipeline.units import format_bytes
 from nf_pipeline.worker.block_commit import Made, commit_block, merge_parts
 from nf_pipeline.worker.block_input import BlockInput
-from nf_pipeline.worker.checkpoint import CheckpointRecord, restore, save_checkpoint
+from nf_pipeline.worker.checkpoint import CheckpointRecord, restore, save_record, save_tensors
 from nf_pipeline.worker.data_parallel import Replicas
 from nf_pipeline.worker.evaluate import count_correct
 from nf_pipeline.worker.feed import Feed
@@ -146,7 +148,10 @@ class _Attempt:
         yield from self._train_batches(epoch, guard)
         images_per_s = clock.rate(self.train_feed.num_rows * self.task.gang.size)
         yield from self.input.wait_committed()
-        correct, num_val = yield from self._validate(epoch)
+        # The weights stay as they are while they are validated: what is slow about a checkpoint is done meanwhile.
+        with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as beside:
+            saving = beside.submit(self._save_tensors, epoch + 1)
+            correct, num_val = yield from self._validate(epoch)
         self._check_budget()
         done = EpochDone(
             stage=self.task.stage,
@@ -158,7 +163,7 @@ class _Attempt:
             loader_wait_s=self.train_feed.wait_s - waited,
             peak_bytes=self.replicas.largest(self.peak_bytes),
         )
-        self._checkpoint(done, correct, num_val, clock.seconds)
+        self._checkpoint(saving.result(), done, correct, num_val, clock.seconds)
         yield done
 
     def write(self) -> Generator[Event, None, dict[str, list[ShardInfo]]]:
@@ -264,6 +269,10 @@ class _Attempt:
         return user_code(where, "correct the model") if ":" in name else nullcontext()
 
     @property
+    def _prefix(self) -> str:
+        return self.layout.block_attempt(self.task.block_idx, self.task.attempt)
+
+    @property
     def _fingerprint(self) -> str:
         task = self.task
         return block_fingerprint(task.config, task.plan, task.block_idx, task.round_idx, self.input.checksum)
@@ -283,7 +292,16 @@ class _Attempt:
         if self.replicas.largest(epoch) != -self.replicas.largest(-epoch):
             raise WorkerLost(self.task.stage, "its workers found checkpoints of different epochs", "resume the run")
 
-    def _checkpoint(self, done: EpochDone, correct: list[int], num_val: int, seconds: float) -> None:
+    def _save_tensors(self, epoch: int) -> ObjectInfo | None:
+        if self.task.gang.rank > 0:
+            return None
+        return save_tensors(
+            self.store, self.layout.checkpoint_tensors(self._prefix, epoch), self.units, self.optimizers
+        )
+
+    def _checkpoint(
+        self, tensors: ObjectInfo | None, done: EpochDone, correct: list[int], num_val: int, seconds: float
+    ) -> None:
         self.record = replace(
             self.record,
             fingerprint=self._fingerprint,
@@ -295,9 +313,8 @@ class _Attempt:
             train_s=self.record.train_s + seconds,
             loader_wait_s=self.record.loader_wait_s + done.loader_wait_s,
         )
-        if self.task.gang.rank == 0:
-            prefix = self.layout.block_attempt(self.task.block_idx, self.task.attempt)
-            self.record = save_checkpoint(self.store, self.layout, prefix, self.record, self.units, self.optimizers)
+        if tensors is not None:
+            self.record = save_record(self.store, self.layout, self._prefix, self.record, tensors)
 
     def _check_budget(self) -> None:
         block = self.task.block

@@ -14,7 +14,8 @@ from nf_pipeline.worker.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     pack_units,
-    save_checkpoint,
+    save_record,
+    save_tensors,
     unpack_units,
 )
 
@@ -45,7 +46,8 @@ def save(store: Store, attempt: str, epoch: int, record: CheckpointRecord | None
     train(unit, optimizer, epoch)
     record = record or CheckpointRecord(fingerprint="f", batch_size=4)
     prefix = LAYOUT.block_attempt(0, attempt)
-    return save_checkpoint(store, LAYOUT, prefix, replace(record, epoch=epoch), [unit], [optimizer])
+    tensors = save_tensors(store, LAYOUT.checkpoint_tensors(prefix, epoch), [unit], [optimizer])
+    return save_record(store, LAYOUT, prefix, replace(record, epoch=epoch), tensors)
 
 
 def test_restored_training_continues_bit_for_bit(store: Store) -> None:
@@ -78,6 +80,14 @@ def test_only_the_newest_tensors_of_an_attempt_are_kept(store: Store) -> None:
     second = save(store, "a", 2, first)
     assert store.size(first.key) is None
     assert store.size(second.key) is not None
+
+
+def test_tensors_without_a_record_are_no_checkpoint(store: Store) -> None:
+    save(store, "a", 1)
+    unit, optimizer = make_unit(0)
+    key = LAYOUT.checkpoint_tensors(LAYOUT.block_attempt(0, "a"), 2)
+    save_tensors(store, key, [unit], [optimizer])
+    assert find_checkpoint(store, LAYOUT, 0, "f", 4).epoch == 1
 
 
 def test_flipped_bit_is_an_error_that_names_the_checkpoint(store: Store) -> None:
