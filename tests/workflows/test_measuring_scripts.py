@@ -79,6 +79,6 @@ def test_overheads_are_measured_inline_and_on_ray(tmp_path: Path) -> None:
     assert all(f"| {name} |" in printed for name in overheads)
     assert overheads["start-up, inline"]["seconds"] > 0
     assert overheads["profiling and planning"]["part"] == overheads["profiling and planning"]["seconds"] / 600
-    inline = document["repetitions"][0]["inline"]
-    assert inline["memory_s"] > 0
-    assert inline["loader_wait_s"] + inline["write_s"] < inline["blocks_s"]
+    (beside,) = document["measured"]["beside"]
+    assert beside["epochs_s"] > 0 < beside["memory_epochs_s"]
+    assert overheads["epochs"]["seconds"] == beside["epochs_s"] - beside["memory_epochs_s"]
