@@ -8,8 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from nf_pipeline.bench.baseline_trainer import Limit, measure_epoch, train_baseline
 from nf_pipeline.bench.budgets import backprop_peaks, choose_budgets
 from nf_pipeline.bench.cells import Cell, CellRequest
@@ -31,7 +29,9 @@ from nf_pipeline.bench.run_config import RUN, config_for
 from nf_pipeline.bench.task import Task
 from nf_pipeline.bench.trials import Trials
 from nf_pipeline.config import RunConfig
-from nf_pipeline.core.exit_model import Normalise
+from nf_pipeline.core.exit_model import ExitModel
+from nf_pipeline.core.layers import cut
+from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.profiler import count_params
 from nf_pipeline.documents import read_fields
@@ -185,10 +185,13 @@ class _Measurement:
 def _inference(config: RunConfig, task: Task) -> dict[str, Any]:
     final = load_model(f"{config.storage.uri}/{RUN}", model=config.model.name)
     facts = task.ingest.facts
-    full = build_model(str(config.model.name), image_shape=task.image_shape, num_classes=facts["num_classes"], seed=0)
+    name, num_classes = str(config.model.name), facts["num_classes"]
+    model = build_model(name, image_shape=task.image_shape, num_classes=num_classes, seed=0)
+    whole = cut(model, task.image_shape)
+    # Laid out in memory like the final one, layer by layer: only what is left out makes a difference.
+    full = ExitModel([LocalUnit(whole.layers, whole.tail, is_last=True)], facts["mean"], facts["std"])
     cap_device_memory(task.device, None)
-    models = {"final": final, "full": nn.Sequential(Normalise(facts["mean"], facts["std"]), full)}
-    return compare_inference(models, task.image_shape, task.device)
+    return compare_inference({"final": final, "full": full}, task.image_shape, task.device)
 
 
 def _fit_result(fit: Fit) -> Result:

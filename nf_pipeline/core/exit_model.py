@@ -11,6 +11,7 @@ from torch import nn
 
 from nf_pipeline.core.heads import build_head
 from nf_pipeline.core.layers import cut
+from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.models import build_model
 from nf_pipeline.errors import ConfigError
@@ -65,10 +66,14 @@ class ExitModel(nn.Module):
         self.normalise = Normalise(mean, std)
         self.layers = nn.Sequential(*(layer for unit in units for layer in unit.layers))
         self.head = units[-1].head
+        self._is_last = units[-1].is_last
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """Returns the logits."""
-        return self.head(self.layers(self.normalise(pixels_NCHW)))
+        x_NCHW = self.normalise(pixels_NCHW)
+        for layer in self.layers:
+            x_NCHW = layer(laid_out(x_NCHW))
+        return self.head(x_NCHW.contiguous() if self._is_last else laid_out(x_NCHW))
 
 
 def build_exit_model(spec: ExitSpec, *, mean: Sequence[float], std: Sequence[float]) -> ExitModel:
@@ -85,8 +90,9 @@ def build_exit_model(spec: ExitSpec, *, mean: Sequence[float], std: Sequence[flo
     cut_model = cut(model, spec.image_shape)
     if spec.num_layers > len(cut_model.layers):
         raise ConfigError(f"num_layers: got {spec.num_layers}, {spec.model} has {len(cut_model.layers)} layers")
-    if spec.num_layers == len(cut_model.layers):
+    is_last = spec.num_layers == len(cut_model.layers)
+    if is_last:
         head = cut_model.tail
     else:
         head = build_head(spec.head, cut_model.out_shapes[spec.num_layers - 1], spec.num_classes, seed=0)
-    return ExitModel([LocalUnit(cut_model.layers[: spec.num_layers], head)], mean, std).eval()
+    return ExitModel([LocalUnit(cut_model.layers[: spec.num_layers], head, is_last=is_last)], mean, std).eval()
