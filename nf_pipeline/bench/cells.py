@@ -20,7 +20,7 @@ class Cell:
         kind: "facts" of a model and its images, "budgets" that suit it, "fit" of a baseline's batch, "search" for a
             learning rate, or "train".
         model: name of the network.
-        method: key of `METHODS`; "" for facts and budgets.
+        method: for `method_named`; "" for facts and budgets.
         budget_bytes: 0 for facts and budgets.
         seed: of weights, split and order.
         lr: peak learning rate at batch 128, of a training.
@@ -40,11 +40,11 @@ class Cell:
     @property
     def name(self) -> str:
         """Names its files; learning rate and limit follow from other cells and are left out."""
-        model = re.sub(r"[^A-Za-z0-9_]+", "-", self.model)
-        if not self.method:
+        model, method = (re.sub(r"[^A-Za-z0-9_]+", "-", name) for name in (self.model, self.method))
+        if not method:
             return f"{self.kind}-{model}"
         seed = f"-seed{self.seed}" if self.kind == "train" else ""
-        return f"{self.kind}-{model}-{self.budget_bytes}-{self.method}{seed}"
+        return f"{self.kind}-{model}-{self.budget_bytes}-{method}{seed}"
 
 
 @dataclass(frozen=True, kw_only=True)

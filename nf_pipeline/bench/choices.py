@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nf_pipeline.bench.curves import spread_of
-from nf_pipeline.bench.methods import METHODS
+from nf_pipeline.bench.methods import method_named
 
 Document = dict[str, Any]
 
@@ -58,7 +58,7 @@ def _fastest(here: Sequence[Document]) -> tuple[str | None, dict[int, Document]]
     """Returns the fp32 baseline with the shortest whole schedule, and its documents by seed."""
     by_method: dict[str, dict[int, Document]] = {}
     for document in here:
-        method = METHODS[document["cell"]["method"]]
+        method = method_named(document["cell"]["method"])
         if method.family != "pipeline" and method.precision == "fp32":
             by_method.setdefault(document["cell"]["method"], {})[document["cell"]["seed"]] = document
     if not by_method:

@@ -1,10 +1,11 @@
 """The ways to train that are compared: one table, name -> method.
 
-Knows nothing of torch. Entry: `METHODS`.
+A pipeline's name may be followed by settings of its own, as in "nf+train.unit_layers=3+train.head=linear". Knows
+nothing of torch. Entry: `method_named`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from nf_pipeline.errors import ConfigError
@@ -64,11 +65,25 @@ DEFAULT_METHODS = ("nf", "bp", "bp-ckpt", "bp-micro", "bp-both", "bp-bf16", "dgl
 
 
 def method_named(name: str) -> Method:
-    """Looks a method up.
+    """Looks a method up, and changes its settings where its name says so.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or it has no settings.
     """
-    if name not in METHODS:
+    base, *settings = name.split("+")
+    if base not in METHODS:
         raise ConfigError(f"--methods {name}: unknown method", f"one or more of {','.join(METHODS)}")
-    return METHODS[name]
+    method = METHODS[base]
+    if not settings:
+        return method
+    if method.family != "pipeline" or not all(setting.partition("=")[2] for setting in settings):
+        raise ConfigError(f"--methods {name}: got {'+'.join(settings)} for {base}", "nf+section.field=value")
+    changes = dict(setting.split("=", 1) for setting in settings)
+    shown = ", ".join(setting.partition(".")[2] or setting for setting in settings)
+    return replace(method, title=f"{method.title}, {shown}", changes={**method.changes, **changes})
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Returns each name once, in the order of `METHODS`; a method with other settings follows the one without."""
+    order = list(METHODS)
+    return sorted(set(names), key=lambda name: (order.index(name.partition("+")[0]), name))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nf_pipeline.bench.methods import METHODS
+from nf_pipeline.bench.methods import in_order, method_named
 from nf_pipeline.bench.settings import short_name
 from nf_pipeline.units import format_bytes
 
@@ -50,6 +50,7 @@ def _draw_curves(cells: Sequence[Document], path: Path) -> Path:
     from matplotlib import pyplot
 
     budgets = sorted({cell["cell"]["budget_bytes"] for cell in cells})
+    methods = in_order(cell["cell"]["method"] for cell in cells)
     figure, panels = pyplot.subplots(
         1, len(budgets), figsize=(_SIZE[0] * len(budgets), _SIZE[1]), squeeze=False, layout="constrained"
     )
@@ -57,8 +58,8 @@ def _draw_curves(cells: Sequence[Document], path: Path) -> Path:
         for cell in [cell for cell in cells if cell["cell"]["budget_bytes"] == budget]:
             seconds, accuracies = zip(*cell["curve"], strict=True)
             method, first = cell["cell"]["method"], cell["cell"]["seed"] == 0
-            label = METHODS[method].title if first else None
-            panel.plot(seconds, [100 * value for value in accuracies], label=label, **_style(method))
+            label = method_named(method).title if first else None
+            panel.plot(seconds, [100 * value for value in accuracies], label=label, **_style(method, methods))
         panel.set(title=format_bytes(budget), xlabel="seconds", ylabel="validation accuracy, %", xlim=(0, None))
         panel.legend(fontsize=6)
     return _save(figure, path)
@@ -68,22 +69,28 @@ def _draw_times(rows: Sequence[Document], path: Path) -> Path:
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots(figsize=(1.5 * _SIZE[0], 1.2 * _SIZE[1]), layout="constrained")
-    for method in METHODS:
+    methods = in_order(row["method"] for row in rows)
+    for method in methods:
         points = [row for row in rows if row["method"] == method and row.get("time_to_target_s")]
         if points:
             budgets = [row["budget_bytes"] / _MIB for row in points]
             seconds = [row["time_to_target_s"][0] for row in points]
-            panel.plot(budgets, seconds, label=METHODS[method].title, **{**_style(method), "marker": "o"})
+            panel.plot(
+                budgets, seconds, label=method_named(method).title, **{**_style(method, methods), "marker": "o"}
+            )
     panel.set(xlabel="memory budget, MiB", ylabel="seconds to the target", xscale="log", yscale="log")
     if panel.lines:  # nobody may have reached it
         panel.legend(fontsize=6)
     return _save(figure, path)
 
 
-def _style(method: str) -> dict[str, Any]:
-    position = list(METHODS).index(method)
-    is_own = METHODS[method].family == "pipeline"
-    return {"color": f"C{position}", "linewidth": 2.2 if is_own else 1.2, "marker": "." if is_own else None}
+def _style(method: str, methods: Sequence[str]) -> dict[str, Any]:
+    is_own = method_named(method).family == "pipeline"
+    return {
+        "color": f"C{methods.index(method)}",
+        "linewidth": 2.2 if is_own else 1.2,
+        "marker": "." if is_own else None,
+    }
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nf_pipeline.bench.choices import compare_choices
 from nf_pipeline.bench.curves import accuracy_at, spread_of, time_to
-from nf_pipeline.bench.methods import METHODS, REFERENCE
+from nf_pipeline.bench.methods import REFERENCE, in_order
 from nf_pipeline.bench.settings import BenchSettings
 
 FORMAT_VERSION = 2
@@ -43,7 +43,7 @@ def make_document(settings: BenchSettings, machine: Document, finished: Sequence
     by_kind = {
         kind: [d for d in finished if d["cell"]["kind"] == kind] for kind in ("facts", "budgets", "search", "train")
     }
-    order = list(METHODS)
+    order = in_order(document["cell"]["method"] for document in by_kind["train"])
     trained = sorted(by_kind["train"], key=lambda d: (d["cell"]["budget_bytes"], order.index(d["cell"]["method"])))
     return {
         "format_version": FORMAT_VERSION,

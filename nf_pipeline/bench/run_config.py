@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nf_pipeline.bench.cells import Cell
-from nf_pipeline.bench.methods import METHODS
+from nf_pipeline.bench.methods import method_named
 from nf_pipeline.bench.settings import BenchSettings
 from nf_pipeline.config import RunConfig, resolve_config
 
@@ -41,8 +41,8 @@ def config_for(settings: BenchSettings, cell: Cell, store: Path, *, epochs: int 
         "cluster.address": settings.address,
         "cluster.num_threads": settings.num_threads,
     }
-    method = METHODS.get(cell.method)
-    if method is not None:
+    if cell.method:
+        method = method_named(cell.method)
         flags["train.precision"] = method.precision
         flags |= method.changes
     return resolve_config(flags=flags)

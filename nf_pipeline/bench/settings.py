@@ -17,7 +17,7 @@ class BenchSettings:
     Attributes:
         data: as for `data.source`.
         models: registry names or `package.module:factory`.
-        methods: keys of `nf_pipeline.bench.methods.METHODS`, in the order of the tables.
+        methods: for `nf_pipeline.bench.methods.method_named`, in the order of the tables.
         budgets: bytes; empty computes them for every model from what fits.
         num_seeds: repetitions, with seeds 0, 1, ...
         epochs: passes over the train split: of a baseline, and of every block of the pipeline.

@@ -16,7 +16,7 @@ from nf_pipeline.bench.cells import Cell, CellRequest, training_cells
 from nf_pipeline.bench.deadline import Deadline
 from nf_pipeline.bench.lr_search import search_group
 from nf_pipeline.bench.machine import describe_machine
-from nf_pipeline.bench.methods import DEFAULT_METHODS, METHODS, REFERENCE, method_named
+from nf_pipeline.bench.methods import DEFAULT_METHODS, REFERENCE, method_named
 from nf_pipeline.bench.result_files import ResultFiles
 from nf_pipeline.bench.results import make_document, reference_for
 from nf_pipeline.bench.run_config import config_for
@@ -116,7 +116,7 @@ class _Suite:
         if self._files.finished(cell) is not None:
             return
         found: dict[str, Any] | None = {}
-        if METHODS[cell.method].family != "pipeline":
+        if method_named(cell.method).family != "pipeline":
             found = self._finish(replace(cell, kind="fit", seed=0))
         if found is not None and found.get("status") != "does not fit" and self._settings.search_seconds:
             found = self._search(cell, found)
@@ -130,7 +130,7 @@ class _Suite:
 
     def _search(self, cell: Cell, fit: dict[str, Any]) -> dict[str, Any] | None:
         """Returns the search that a cell goes by: one of its group, whichever method or budget that was made for."""
-        group = search_group(METHODS[cell.method], fit["fit"]["batch_size"] if fit else None)
+        group = search_group(method_named(cell.method), fit["fit"]["batch_size"] if fit else None)
         for found in self._files.all_finished() if group else ():
             other = found["cell"]
             if (other["kind"], other["model"], found.get("group")) == ("search", cell.model, group):
@@ -140,7 +140,7 @@ class _Suite:
     def _limit(self, cell: Cell) -> dict[str, float]:
         """Returns how long a baseline may go on without backpropagation's accuracy; nothing where it may for ever."""
         factor = self._settings.give_up
-        if factor is None or cell.method == REFERENCE or METHODS[cell.method].family == "pipeline":
+        if factor is None or cell.method == REFERENCE or method_named(cell.method).family == "pipeline":
             return {}
         trained = [found for found in self._files.all_finished() if found["cell"]["model"] == cell.model]
         reference = reference_for(asdict(cell), trained)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from nf_pipeline.bench.methods import METHODS, REFERENCE
+from nf_pipeline.bench.methods import REFERENCE, in_order, method_named
 from nf_pipeline.bench.notes import explain
 from nf_pipeline.bench.settings import short_name
 from nf_pipeline.units import format_bytes
@@ -47,7 +47,7 @@ def markdown_table(titles: Row, rows: Sequence[Row]) -> str:
 
 def time_table(rows: Sequence[Document]) -> str:
     """Formats the time to the target: a line per budget, a column per method."""
-    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    methods = in_order(row["method"] for row in rows)
     budgets = sorted({row["budget_bytes"] for row in rows})
     at = {(row["budget_bytes"], row["method"]): row for row in rows}
     lines = []
@@ -56,7 +56,7 @@ def time_table(rows: Sequence[Document]) -> str:
         targets = next((row["targets"] for row in here if row and row.get("targets")), [])
         shown = "-" if not targets or targets[0] is None else " ".join(f"{100 * target:.1f} %" for target in targets)
         lines.append([_size(budget), shown, *(_time_cell(row) for row in here), *_speed_ups(here)])
-    titles = (*(METHODS[name].title for name in methods), "faster than backprop", "than the best other")
+    titles = (*(method_named(name).title for name in methods), "faster than backprop", "than the best other")
     return markdown_table(["budget", "target", *titles], lines)
 
 
@@ -68,7 +68,7 @@ def choice_table(choices: Sequence[Document]) -> str:
             ", ".join(map(str, dict.fromkeys(choice["num_blocks"]))),
             _spread(choice["seconds"], "{:.1f}"),
             _spread(choice["planning_s"], "{:.1f}"),
-            METHODS[choice["baseline"]].title if choice["baseline"] else "none runs",
+            method_named(choice["baseline"]).title if choice["baseline"] else "none runs",
             _spread(choice["baseline_s"], "{:.1f}") or "-",
             _spread(choice["ratio"], "{:.2f}") or "-",
             _spread(choice["ratio_without_planning"], "{:.2f}") or "-",
@@ -88,7 +88,7 @@ def _speed_ups(rows: Sequence[Document | None]) -> Row:
     """Returns how many times faster this project's default is than plain backpropagation and the fastest other."""
     cannot_run = any(row and row["method"] == REFERENCE and row["status"] == "does not fit" for row in rows)
     seconds = {row["method"]: row["time_to_target_s"][0] for row in rows if row and row.get("time_to_target_s")}
-    others = [value for name, value in seconds.items() if METHODS[name].family != "pipeline"]
+    others = [value for name, value in seconds.items() if method_named(name).family != "pipeline"]
     compared = (seconds.get(REFERENCE), min(others, default=None))
     own = seconds.get("nf")
     shown = ["-" if other is None or not own else f"{other / own:.2f}x" for other in compared]
@@ -124,7 +124,7 @@ def _detail_table(rows: Sequence[Document]) -> str:
 
 
 def _detail(row: Document) -> Row:
-    title = METHODS[row["method"]].title
+    title = method_named(row["method"]).title
     if row["status"] == "does not fit":
         return [title, f"does not fit: {row['needs']} needs {_size(row['needs_bytes'])}", *[""] * 13]
     if row["train_s"] is None:
@@ -228,7 +228,7 @@ def _run_table(titles: Row, runs: Sequence[tuple[Document, Row]]) -> str:
     lines = []
     for document, values in runs:
         cell = document["cell"]
-        lines.append([METHODS[cell["method"]].title, _size(cell["budget_bytes"]), str(cell["seed"]), *values])
+        lines.append([method_named(cell["method"]).title, _size(cell["budget_bytes"]), str(cell["seed"]), *values])
     return markdown_table(["method", "budget", "seed", *titles], lines) if lines else "Nothing yet."
 
 
@@ -244,7 +244,7 @@ def _search_table(searches: Sequence[Document]) -> str:
         trials = sorted(search["trials"], key=lambda trial: trial["lr"])
         lines.append(
             [
-                METHODS[search["cell"]["method"]].title,
+                method_named(search["cell"]["method"]).title,
                 _size(search["cell"]["budget_bytes"]),
                 str(search["batch_size"] or "by plan"),
                 search["group"] or "this one",

@@ -41,7 +41,7 @@ class _Listed(click.ParamType):
     type=_Listed(),
     metavar="NAME,...",
     help="Of nf, nf-layer, nf-block, nf-pipelined, bp, bp-ckpt, bp-micro, bp-both, bp-bf16, dgl.  [default: all but "
-    "nf-layer and nf-block; nf-pipelined only with --address]",
+    "nf-layer and nf-block; nf-pipelined only with --address]  Those of nf take settings: nf+train.unit_layers=3.",
 )
 @click.option(
     "--budgets",

@@ -108,6 +108,7 @@ def test_bench_without_time_for_a_cell_ends_well_and_says_how_to_go_on(tmp_path,
     ("settings", "text"),
     [
         ({"methods": ("bq",)}, "bq: unknown method"),
+        ({"methods": ("nf+train.unit_layer=3",)}, "did you mean train.unit_layers"),
         ({"methods": ()}, "--methods"),
         ({"methods": ("bp",), "models": ()}, "--models"),
         ({"methods": ("bp",), "val_fraction": 2.0}, "val_fraction"),
