@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from load_config import make_config
@@ -23,16 +24,19 @@ def train_at_once(names: Sequence[str], store: str, **changes: Any) -> list[Mapp
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    with context.Pool(len(names), maxtasksperchild=1) as pool:
-        arguments = [(name, store, environment, changes) for name in names]
-        return pool.starmap_async(_train, arguments, chunksize=1).get(timeout=300)
+    # Unlike multiprocessing's own pool, this one says so when a process has died, of a crash or of its time-out.
+    with ProcessPoolExecutor(len(names), mp_context=context) as pool:
+        running = [pool.submit(_train, name, store, environment, changes) for name in names]
+        return [run.result() for run in running]
 
 
 def _train(name: str, store: str, environment: Mapping[str, str], changes: Mapping[str, Any]) -> Mapping[str, Any]:
     from nf_pipeline import train
 
-    # A crash, or a run that hangs, is to say where: the pool would only wait for its result.
+    # A crash, or a run that hangs, is to say where.
     faulthandler.enable()
-    faulthandler.dump_traceback_later(_HANGS_AFTER_S)
+    faulthandler.dump_traceback_later(_HANGS_AFTER_S, exit=True)
     os.environ.update(environment)  # the server that this process comes from may be older than the store
-    return train(make_config(store, run=name, **changes))
+    summary = train(make_config(store, run=name, **changes))
+    faulthandler.cancel_dump_traceback_later()
+    return summary
