@@ -5,9 +5,18 @@ Whoever can write to the store could otherwise choose which module a reader impo
 
 from nf_pipeline.errors import ConfigError
 
+MODEL_LIBRARIES = ("torchvision", "timm")
+"""`LIBRARY:NAME` picks from a library's own list of models; nothing else can be imported or called by it."""
+
+
+def is_factory(name: str) -> bool:
+    """Whether a model's name is a `package.module:factory`: code of the user's choice."""
+    source, colon, _ = name.partition(":")
+    return bool(colon) and source not in MODEL_LIBRARIES
+
 
 def confirm_factory(recorded: str | None, named: str | None) -> None:
-    """Accepts registry names, and a factory only if the user gave the same one.
+    """Accepts names of the registry and of libraries, and a factory only if the user gave the same one.
 
     Args:
         recorded: model name as stored with the run.
@@ -16,7 +25,7 @@ def confirm_factory(recorded: str | None, named: str | None) -> None:
     Raises:
         ConfigError: the run names a factory that the user did not.
     """
-    if recorded is None or ":" not in recorded or recorded == named:
+    if recorded is None or not is_factory(recorded) or recorded == named:
         return
     raise ConfigError(
         f"the run's model is the factory {recorded!r}, which is code; it is imported only if you name it too, "

@@ -6,10 +6,19 @@ from nf_pipeline.trust import confirm_factory
 
 @pytest.mark.parametrize(
     ("recorded", "named"),
-    [(None, None), ("vgg11_bn", None), ("vgg11_bn", "other"), ("my.nets:small", "my.nets:small")],
+    [
+        *((None, None), ("vgg11_bn", None), ("vgg11_bn", "other"), ("my.nets:small", "my.nets:small")),
+        *(("torchvision:resnet50", None), ("timm:resnet10t", None)),
+    ],
 )
-def test_registry_names_and_confirmed_factories_are_accepted(recorded: str | None, named: str | None) -> None:
+def test_names_of_lists_and_confirmed_factories_are_accepted(recorded: str | None, named: str | None) -> None:
     assert confirm_factory(recorded, named) is None
+
+
+@pytest.mark.parametrize("recorded", ["torchvision.models:resnet50", "timm.models:create_model", "timm_x:y", ":x"])
+def test_only_a_librarys_own_name_stands_for_its_list(recorded: str) -> None:
+    with pytest.raises(ConfigError, match="which is code"):
+        confirm_factory(recorded, None)
 
 
 @pytest.mark.parametrize("named", [None, "my.nets:other", "vgg11_bn"])

@@ -1,10 +1,11 @@
 """Decides where a traced model is cut into layers and where its own classifier begins.
 
-A model may be cut where exactly one value crosses. Not every such place is used: what follows a convolution
-(normalisation, activation, pooling) stays with it, and residual blocks stay whole. Looks only at the graph;
-builds no modules. Entry: `find_cuts`.
+A model may be cut where exactly one value crosses, its channels first. Not every such place is used: what follows
+a convolution (normalisation, activation, pooling) stays with it, and residual blocks stay whole. Looks only at the
+graph; builds no modules. Entry: `find_cuts`.
 """
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import fx, nn
 from nf_pipeline.core.trace import BY_HAND, operation_name
 from nf_pipeline.errors import ConfigError
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 _CONV_FUNCTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d"}
 _TAIL_MODULES = (
     nn.AdaptiveAvgPool2d,
@@ -32,6 +33,9 @@ _TAIL_FUNCTIONS = {
     *("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "mean", "amax", "linear"),
     *("flatten", "view", "reshape", "squeeze"),
 }
+_RESHAPES = {"view", "reshape", "flatten", "unflatten", "unfold"}
+_CHANNELS_TO_THE_END = (0, 2, 3, 1)
+_CHANNELS_BACK = (0, 3, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +70,13 @@ def find_cuts(model: nn.Module, graph: fx.Graph) -> list[Piece]:
       the layer before them.
     - A class with several instances, one of which has a skip connection inside, is a block; each of its
       instances is one layer, also those without a skip (the strided ones of MobileNetV2).
+    - Between a permutation to (N, H, W, C) and the one back no layer ends: heads take (N, C, H, W).
     - The classifier begins with the first pooling, flattening, dropout or linear operation after the last
       convolution.
 
     Raises:
-        ConfigError: no convolution, no classifier, or no place where a single value crosses.
+        ConfigError: no convolution, no classifier, no place where a single value crosses, or most of the model's
+            blocks follow its last convolution.
     """
     return _Cutter(model, graph).pieces()
 
@@ -85,6 +91,7 @@ class _Cutter:
         self.output = next(node for node in graph.nodes if node.op == "output")
         self.nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
         self.crossing = _crossing_values([self.placeholder, *self.nodes, self.output])
+        self.channels_last = _channels_last_values(self.nodes)
         self.blocks = self._find_blocks()
 
     def pieces(self) -> list[Piece]:
@@ -98,15 +105,29 @@ class _Cutter:
         tail = next((i for i in after if self._has(segments[i], self._is_tail_op)), None)
         if tail is None:
             raise self._error(self._why_no_tail(segments[last_conv]))
-        spans = [*self._join(segments[:tail]), _Span(segments[tail].start, len(self.nodes))]
-        return [self._piece(span) for span in spans]
+        layers, classifier = self._join(segments[:tail]), _Span(segments[tail].start, len(self.nodes))
+        self._check_classifier(classifier, len(layers))
+        return [self._piece(span) for span in [*layers, classifier]]
+
+    def _check_classifier(self, classifier: _Span, num_layers: int) -> None:
+        """Refuses what is no CNN: vision transformers and mixers have one convolution, then blocks without any."""
+        blocks = [path for path, span in self.blocks.items() if span.start >= classifier.start]
+        if len(blocks) > num_layers:
+            raise self._error(
+                f"{len(blocks)} blocks ({blocks[0]}, ...) follow its last convolution, and {num_layers} layers come "
+                f"before; heads take maps (N, C, H, W)"
+            )
 
     def _segments(self) -> list[_Span]:
         """Ranges between neighbouring places at which the graph may be cut."""
         inside = {i for span in self.blocks.values() for i in range(span.start + 1, span.stop)}
-        places = [i for i in range(1, len(self.nodes)) if len(self.crossing[i]) == 1 and i not in inside]
+        places = [i for i in range(1, len(self.nodes)) if self._is_single_map(i) and i not in inside]
         bounds = [0, *places, len(self.nodes)]
         return [_Span(start, stop) for start, stop in pairwise(bounds)]
+
+    def _is_single_map(self, place: int) -> bool:
+        crossing = self.crossing[place]
+        return len(crossing) == 1 and crossing[0] not in self.channels_last and not _is_taken_apart(crossing[0])
 
     def _join(self, segments: list[_Span]) -> list[_Span]:
         """Begins a layer at each segment with weights; what comes before the first one joins it."""
@@ -145,14 +166,14 @@ class _Cutter:
         return False
 
     def _is_conv(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self.modules[node.target], _CONVS)
-        return operation_name(node) in _CONV_FUNCTIONS
+        return self._calls_one_of(node, CONVOLUTIONS) or operation_name(node) in _CONV_FUNCTIONS
 
     def _is_tail_op(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self.modules[node.target], _TAIL_MODULES)
-        return operation_name(node) in _TAIL_FUNCTIONS
+        return self._calls_one_of(node, _TAIL_MODULES) or operation_name(node) in _TAIL_FUNCTIONS
+
+    def _calls_one_of(self, node: fx.Node, classes: tuple[type[nn.Module], ...]) -> bool:
+        """Whether the node calls such a module, or one that holds one and was not entered."""
+        return node.op == "call_module" and any(isinstance(m, classes) for m in self.modules[node.target].modules())
 
     def _find_blocks(self) -> dict[str, _Span]:
         """Finds the calls of block classes: path -> range of nodes."""
@@ -177,11 +198,18 @@ class _Cutter:
         return calls
 
     def _has_skip(self, span: _Span) -> bool:
-        """Whether a value by-passes operations inside the range, apart from those that by-pass all of it."""
+        """Whether a value by-passes operations inside the range, apart from those that by-pass all of it.
+
+        Weights that wait for the operation that takes them by-pass nothing.
+        """
         outer = set(self.crossing[span.start]) & set(self.crossing[span.stop])
-        return any(len(set(self.crossing[i]) - outer) > 1 for i in range(span.start + 1, span.stop))
+        inside = (set(self.crossing[i]) - outer for i in range(span.start + 1, span.stop))
+        return any(sum(node.op != "get_attr" for node in values) > 1 for values in inside)
 
     def _why_no_tail(self, segment: _Span) -> str:
+        turned = next((node for node in self.nodes[segment.start : segment.stop] if node in self.channels_last), None)
+        if turned is not None:
+            return f"its maps are (N, H, W, C) from {turned.name} on, and heads take (N, C, H, W)"
         places = range(segment.start + 1, segment.stop)
         widest = max(places, key=lambda i: len(self.crossing[i]), default=None)
         if widest is None or len(self.crossing[widest]) < 2:
@@ -201,6 +229,33 @@ def _crossing_values(nodes: list[fx.Node]) -> list[list[fx.Node]]:
     index = {node: i for i, node in enumerate(nodes)}
     last_use = [max((index[user] for user in node.users), default=i) for i, node in enumerate(nodes)]
     return [[nodes[i] for i in range(place) if last_use[i] >= place] for place in range(1, len(nodes))]
+
+
+def _channels_last_values(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Finds what is computed after a permutation to (N, H, W, C) and before the one back to (N, C, H, W)."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        axes = _permutation(node)
+        is_reshaped = operation_name(node) in _RESHAPES  # what comes out of that is no map, or one that is not known
+        is_turned = not is_reshaped and any(source in found for source in node.all_input_nodes)
+        if axes == _CHANNELS_TO_THE_END or (is_turned and axes != _CHANNELS_BACK):
+            found.add(node)
+    return found
+
+
+def _is_taken_apart(node: fx.Node) -> bool:
+    """Whether a value is several tensors, such as what `chunk` returns."""
+    return any(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
+
+
+def _permutation(node: fx.Node) -> tuple[int, ...] | None:
+    if operation_name(node) != "permute":
+        return None
+    axes = node.args[1:] or (node.kwargs.get("dims"),)
+    axes = axes[0] if len(axes) == 1 else axes
+    if not isinstance(axes, tuple | list) or not all(isinstance(axis, int) for axis in axes):
+        return None
+    return tuple(axis % len(axes) for axis in axes)
 
 
 def _holds_two(path: str, cls: type, calls: dict[str, tuple[type, _Span]], classes: set[type]) -> bool:

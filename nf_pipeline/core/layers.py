@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from nf_pipeline.core.cut_points import Piece, find_cuts
+from nf_pipeline.core.cut_points import CONVOLUTIONS, Piece, find_cuts
 from nf_pipeline.core.probe import has_values, probe_input, run_probe
 from nf_pipeline.core.trace import BY_HAND, mode_of, trace_model
 from nf_pipeline.core.user_code import user_code
@@ -70,8 +70,26 @@ def _cut(model: nn.Module, image_shape: tuple[int, int, int]) -> CutModel:
 
 
 def _layers_by_trace(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
-    pieces = find_cuts(model, trace_model(model))
+    recording = trace_model(model)
+    reasons = [error for cls, error in recording.kept_whole.items() if _hides_convolutions(model, cls)]
+    try:
+        pieces = find_cuts(model, recording.graph)
+    except ConfigError as error:
+        if not reasons:
+            raise
+        raise reasons[0] from error
+    if reasons and len(pieces) == 2:
+        # What could not be entered is all of the network but its classifier.
+        raise reasons[0]
     return [piece.name for piece in pieces], [_build_piece(model, piece) for piece in pieces]
+
+
+def _hides_convolutions(model: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module of the class, if it cannot be entered, hides where the model might be cut."""
+    return any(
+        type(module) is cls and sum(isinstance(part, CONVOLUTIONS) for part in module.modules()) > 1
+        for module in model.modules()
+    )
 
 
 def _build_piece(model: nn.Module, piece: Piece) -> fx.GraphModule:

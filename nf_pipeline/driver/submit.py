@@ -23,6 +23,7 @@ from nf_pipeline.executors.ray_jobs import Job, RayJobs, SubmissionIdTaken
 from nf_pipeline.redact import holds_credentials, names_a_secret
 from nf_pipeline.run_uri import join_run_uri
 from nf_pipeline.storage.store import open_store
+from nf_pipeline.trust import is_factory
 
 CONFIG_FILE = "nf-pipeline-run.json"
 ENTRYPOINT = f"nf-pipeline train --config {CONFIG_FILE}"
@@ -228,5 +229,5 @@ def _notes(config: RunConfig, working_dir: Path | None) -> Iterator[str]:
     source = config.data.source
     if source != DIGITS and "://" not in source:
         yield f"the data is local: every machine of the cluster must share {source.rpartition(':')[2]}"
-    if ":" in (config.model.name or "") and working_dir is None:
+    if is_factory(config.model.name or "") and working_dir is None:
         yield f"the cluster must have {config.model.name} installed, or ship it with --working-dir DIR"

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from nf_pipeline.core.models import REGISTRY, build_model, suggest_model
+from nf_pipeline.core.models import build_model, suggest_model
+from nf_pipeline.core.registry import REGISTRY
 from nf_pipeline.errors import ConfigError
 
 COLOUR, GREY = (3, 32, 32), (1, 32, 32)

@@ -31,7 +31,7 @@ DYNAMIC_IMPORTS = {
     "data/__init__": "table in the module",
     "executors/base": "constants of the driver",
     "driver/doctor": "constants of the module",
-    "core/models": "the factory that the user named",
+    "core/factory_models": "the factory that the user named",
 }
 
 
