@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from nf_pipeline.config import RunConfig
     from nf_pipeline.driver.preview import preview_plan as plan
     from nf_pipeline.driver.run import resume, train
-    from nf_pipeline.model_files import load_model
+    from nf_pipeline.model_files import load_early_exit_model, load_model
 
-__all__ = ["RunConfig", "load_model", "plan", "resume", "train"]
+__all__ = ["RunConfig", "load_early_exit_model", "load_model", "plan", "resume", "train"]
 
 _PLACES = {
     "RunConfig": ("nf_pipeline.config", "RunConfig"),
+    "load_early_exit_model": ("nf_pipeline.model_files", "load_early_exit_model"),
     "load_model": ("nf_pipeline.model_files", "load_model"),
     "plan": ("nf_pipeline.driver.preview", "preview_plan"),
     "resume": ("nf_pipeline.driver.run", "resume"),

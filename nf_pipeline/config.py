@@ -29,7 +29,7 @@ from nf_pipeline.errors import ConfigError
 from nf_pipeline.redact import holds_credentials, redacted
 from nf_pipeline.units import parse_bytes
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of the documents of a run: run.json, plan.json, stages' manifests, summary.json, model.json. Another is refused."""
 
 MAX_FILE_BYTES = 64 * 2**10
@@ -102,7 +102,8 @@ class ModelConfig(_Section):
     """Which network."""
 
     name: str | None = None
-    """Registry name or `package.module:factory`; None picks one that suits the images."""
+    """Registry name, `torchvision:NAME`, `timm:NAME` (the library's network with fresh weights; timm is an extra), or
+    `package.module:factory`; None picks one that suits the images."""
 
 
 class MemoryConfig(_Section):
@@ -140,8 +141,16 @@ class TrainConfig(_Section):
     """Pipelined only: epochs between two publications of a block's activations."""
     workers_per_block: int = Field(default=1, ge=1, le=256)
     """Workers that share a block's batches: the effective batch is as many times the planned one."""
-    augment: Literal["none", "flip", "crop_flip"] = "none"
-    """Random changes of the images: what starts from the images sees new ones every epoch, the rest every round."""
+    augment: Literal["none", "flip", "crop_flip", "color", "randaugment"] = "none"
+    """Random changes of the images: what starts from the images sees new ones every epoch, the rest every round.
+    `color` (brightness, contrast, saturation) and `randaugment` come on top of `crop_flip`."""
+    views: int = Field(default=1, ge=1, le=100)
+    """Passes over the train split, each with other random changes of the images, that a block's stored activations
+    hold. Each epoch of the block that reads them reads one whole view, the next epoch the next one; what starts from
+    the images sees new changes anyway. The first view of a sequential run is the images as they are."""
+    feature_augment: Literal["none", "flip", "flip_shift"] = "none"
+    """Random flips, and shifts by up to an eighth, of stored activation maps as a block reads them, new ones every
+    epoch: an approximation of flipped and shifted images that needs no storage."""
     local: Literal["auto", "layer", "block"] = "auto"
     """What plans are made of: `layer` gives every layer a head and a loss of its own (the paper's form), `block` as
     many layers as memory allows, with backpropagation inside, up to the whole network; auto takes the fastest."""
@@ -149,7 +158,16 @@ class TrainConfig(_Section):
     """Layers per local unit, with backpropagation inside. Given, nothing is timed, and the plan is the same wherever
     it is made; None leaves it to `local`."""
     head: str = "adaptive"
-    """Auxiliary head of each unit: adaptive (linear where there is no room for it), classic, linear or mlp_sr."""
+    """Auxiliary head of each unit: adaptive (linear where there is no room for it), auglocal, classic, linear or
+    mlp_sr; auto takes for every unit the strongest with which its batch still trains well."""
+    loss: str = "cross_entropy"
+    """What every unit but the last, which has the model's own classifier, is trained for: cross_entropy, or predsim
+    (similarity matching + cross-entropy)."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Part of every training label that is spread over all classes."""
+    mixup: float = Field(default=0.0, ge=0.0, le=100.0)
+    """Mixes what a block reads, images or activations, in pairs while training, with shares from Beta(mixup, mixup);
+    0 mixes nothing. Below 0.01 nearly all shares would be 0 or 1, and draws are not exact."""
     lr: float = Field(default=0.05, gt=0.0, le=100.0)
     """Peak learning rate at batch 128; scales linearly with the block's batch size."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -165,10 +183,28 @@ class TrainConfig(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Same seed and plan, same weights, whichever executor (on CPU bit for bit)."""
 
+    @field_validator("mixup")
+    @classmethod
+    def _mix_or_not(cls, value: float) -> float:
+        if 0.0 < value < 0.01:
+            raise ValueError("want 0, or 0.01 and more")
+        return value
+
     @model_validator(mode="after")
     def _one_way_to_form_units(self) -> "TrainConfig":
         if self.unit_layers is not None and self.local == "block":
             raise ValueError("local=block forms units itself: leave out unit_layers")
+        return self
+
+    @model_validator(mode="after")
+    def _read_every_view(self) -> "TrainConfig":
+        name, num_epochs = "epochs", self.epochs
+        if self.mode == "pipelined" and self.round_epochs < self.epochs:
+            name, num_epochs = "round_epochs", self.round_epochs
+        if self.views > 1 and self.augment == "none":
+            raise ValueError(f"views {self.views} with augment none would all be the same: choose an augment")
+        if self.views > num_epochs:
+            raise ValueError(f"views {self.views}: an epoch reads one, {name} {num_epochs} would leave some unread")
         return self
 
 
@@ -178,7 +214,11 @@ class ExitsConfig(_Section):
     tolerance: float = Field(default=0.5, ge=0.0, le=100.0)
     """Percentage points that the chosen exit may be below the best one."""
     confidence: float = Field(default=0.95, gt=0.0, le=0.999999)
-    """Level of the intervals around each exit's validation accuracy."""
+    """Level of the intervals around each exit's validation accuracy, and of the test by which an exit counts as worse
+    than the best one."""
+    keep: Literal["chosen", "all"] = "chosen"
+    """`all` also keeps the heads of the exits before the chosen one, with thresholds by which a sample leaves at the
+    first exit that is sure enough; see `nf_pipeline.load_early_exit_model`."""
     patience: Patience = 2
     """The run ends when so many blocks in a row brought no exit above the validation noise; see
     `nf_pipeline.core.early_stop`. "never" trains all blocks. Only sequential runs can end early: a pipelined one

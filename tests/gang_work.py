@@ -16,6 +16,7 @@ from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.collectives import PeerLost, gather_from_group, sum_over_group
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.memory import LiveBytes
+from nf_pipeline.core.objectives import UnitEnd, build_objective
 from nf_pipeline.core.sync_batch_norm import synchronise_batch_norms
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.errors import Diverged
@@ -71,17 +72,24 @@ def normalise(gang: Gang, cases: Sequence[NormCase]) -> list[dict[str, torch.Ten
         return [_normalise_case(gang, case) for case in cases]
 
 
-def train(gang: Gang, sizes: Sequence[Sequence[int]], precision: str, dtype_name: str = "float32") -> dict[str, Any]:
+def train(
+    gang: Gang,
+    sizes: Sequence[Sequence[int]],
+    precision: str,
+    dtype_name: str = "float32",
+    loss: str = "cross_entropy",
+) -> dict[str, Any]:
     """Trains a block of two units step by step; reports losses over the whole batch.
 
     Args:
         sizes: per step, samples per member.
         precision: as `train_step` takes it.
         dtype_name: of weights and inputs.
+        loss: as `train.loss` names it.
     """
     dtype = getattr(torch, dtype_name)
     with joined(gang) as replicas:
-        units = [unit.to(dtype) for unit in make_block()]
+        units = [unit.to(dtype) for unit in make_block(loss=loss)]
         optimizers = [make_optimizer(unit, CFG, 0.05) for unit in units]
         replicas.convert(units)
         generator = torch.Generator().manual_seed(11)
@@ -140,6 +148,7 @@ def reduce_numbers(gang: Gang) -> dict[str, Any]:
         return {
             "total": replicas.total([rank, 0.5, 2**40 + rank]),
             "largest": (replicas.largest(rank), replicas.largest(-float(rank))),
+            "union": replicas.union([1 << 5 * rank, 0, 7 << 5 * rank], 5 * gang.size),
             "sums": [sorted(set(each.flatten().tolist())) for each in (large, striped, *small, other)],
             "losses": [float(loss) for loss in replicas.mean_losses([torch.tensor(float(rank))], rank + 1, 3)],
             "rows": gather_from_group(torch.tensor([rank, rank + 1])).tolist(),
@@ -197,14 +206,14 @@ def come_if_first(gang: Gang) -> None:
             pass
 
 
-def make_block(width: int = 6) -> list[LocalUnit]:
+def make_block(width: int = 6, loss: str = "cross_entropy") -> list[LocalUnit]:
     """Returns two small units with batch norms of both kinds, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return [_make_unit(3, width), _make_unit(width, width + 2)]
+        return [_make_unit(3, width, loss), _make_unit(width, width + 2, loss)]
 
 
-def _make_unit(in_channels: int, out_channels: int) -> LocalUnit:
+def _make_unit(in_channels: int, out_channels: int, loss: str) -> LocalUnit:
     layer = nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -218,7 +227,8 @@ def _make_unit(in_channels: int, out_channels: int) -> LocalUnit:
         nn.ReLU(inplace=True),
         nn.Linear(8, 4),
     )
-    return LocalUnit([layer, nn.Conv2d(out_channels, out_channels, 3, padding=1)], head)
+    objective = build_objective(loss, UnitEnd(out_shape=(out_channels, 8, 8), num_outputs=4), seed=out_channels)
+    return LocalUnit([layer, nn.Conv2d(out_channels, out_channels, 3, padding=1)], head, objective=objective)
 
 
 def _normalise_case(gang: Gang, case: NormCase) -> dict[str, torch.Tensor]:

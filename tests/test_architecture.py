@@ -56,8 +56,9 @@ ONLY_IN = {
     "click": ("nf_pipeline.cli",),
     "rich": ("nf_pipeline.cli",),
     "matplotlib": ("nf_pipeline.bench.plots",),
+    "timm": ("nf_pipeline.core.library_models",),
 }
-LAZY = {"s3fs", "matplotlib"}
+LAZY = {"s3fs", "matplotlib", "timm"}
 
 # Package -> what it must do without.
 WITHOUT = {

@@ -59,6 +59,7 @@ def test_unknown_setting_is_an_error_that_lists_near_names() -> None:
         "run=../up",
         "train=3",
         "train.lr=nan",
+        "train.mixup=0.001",
     ],
 )
 def test_value_out_of_range_is_an_error_that_names_the_field(assignment: str) -> None:
@@ -112,9 +113,12 @@ def test_fingerprint_changes_with_every_setting_that_can_change_the_result(name:
         "data.on_bad_image": "skip",
         "train.mode": "pipelined",
         "train.augment": "flip",
+        "train.feature_augment": "flip",
         "data.max_train_images": 100,
         "model.name": "vgg11_bn",
         "train.head": "classic",
+        "train.loss": "predsim",
+        "train.label_smoothing": 0.1,
         "train.local": "layer",
         "train.unit_layers": 3,
         "train.precision": "bf16",
@@ -129,15 +133,17 @@ def test_fingerprint_changes_with_every_setting_that_can_change_the_result(name:
         "train.momentum": 0.5,
         "train.weight_decay": 0.1,
         "exits.confidence": 0.9,
+        "exits.keep": "all",
     }
-    base = resolve_config(flags=BUDGET)
+    given = {**BUDGET, "train.augment": "crop_flip"}  # as several views need one
+    base = resolve_config(flags=given)
     section, field = name.split(".")
     value = other.get(name)
     if value is None:
         value = getattr(getattr(base, section), field) + 1
         if name in ("memory.safety_margin", "memory.join_threshold"):
             value = 0.11
-    changed = resolve_config(flags={**BUDGET, name: value})
+    changed = resolve_config(flags={**given, name: value})
     assert changed.fingerprint != base.fingerprint
 
 

@@ -14,10 +14,13 @@ import torch
 from nf_pipeline.bench.stopwatch import Spent
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.tensor_file import read_tensors
+from nf_pipeline.data.held_out import HeldOutLabels
 from nf_pipeline.documents import parse_json, read_fields
 from nf_pipeline.errors import StorageError
-from nf_pipeline.storage.store import open_store
+from nf_pipeline.storage.manifest import StageManifest
+from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.worker.checkpoint import pack_units, unpack_units
+from nf_pipeline.worker.choice import Choice, commit_choice, read_test_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,15 @@ class BaselineState:
                 buffer = tensors.get(f"momentum.{position}.{index}")
                 if buffer is not None:
                     optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.device)
+
+    def choose(self, images: Store, ingest: StageManifest, choice: Choice) -> HeldOutLabels:
+        """Commits a choice here, which opens the labels of the test split.
+
+        Args:
+            images, ingest: where the images are, and their manifest.
+        """
+        made = commit_choice(self._store, "model", choice)
+        return read_test_labels(images, ingest, self._store, made.key)
 
     def clear(self) -> None:
         """Begins anew."""

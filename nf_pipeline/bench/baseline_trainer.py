@@ -23,10 +23,12 @@ from nf_pipeline.bench.images import bytes_per_pass
 from nf_pipeline.bench.methods import Method
 from nf_pipeline.bench.stopwatch import Stopwatch
 from nf_pipeline.bench.task import Task
+from nf_pipeline.config import fingerprint_of
 from nf_pipeline.core.memory import measure_peak
 from nf_pipeline.core.profiler import count_params
 from nf_pipeline.core.train_step import make_optimizer
-from nf_pipeline.worker.evaluate import count_correct
+from nf_pipeline.worker.choice import Choice
+from nf_pipeline.worker.evaluate import count_correct, find_hits
 from nf_pipeline.worker.feed import Augmentation, Feed, open_feed
 from nf_pipeline.worker.runtime import cap_device_memory, seed_everything, set_threads
 from nf_pipeline.worker.schedule import peak_learning_rate, set_learning_rate
@@ -170,7 +172,7 @@ class _Trainer:
         rows = self._task.ingest.facts["split_rows"]
         chosen = max(range(len(done.val_correct)), key=done.val_correct.__getitem__)
         has_ended = done.epoch == self._config.epochs
-        test = self._correct("test") if with_test and has_ended else None
+        test = self._test(chosen) if with_test and has_ended else None
         return {
             "status": ("done" if has_ended else "given up") if math.isfinite(done.loss) else "diverged",
             "epochs": done.epoch,
@@ -188,7 +190,7 @@ class _Trainer:
             "epoch_s": statistics.median(done.epoch_s),
             "images_per_s": statistics.median(done.images_per_s),
             "val_accuracy": done.val_correct[chosen] / rows["val"],
-            "test_accuracy": test[chosen] / rows["test"] if test else None,
+            "test_accuracy": None if test is None else test / rows["test"],
             "params": sum(count_params(unit) for unit in self._units),
             "lr": self._config.lr,
             "sessions": done.sessions,
@@ -207,7 +209,7 @@ class _Trainer:
         began = time.monotonic()
         loss, num_images = self._train_batches(feed, epoch)
         rate = num_images / (time.monotonic() - began)
-        correct = self._correct("val")
+        correct = self._correct_on_val()
         watch.stop()
         spent, accuracy = watch.spent(), max(correct) / self._task.ingest.facts["split_rows"]["val"]
         self._progress = replace(
@@ -256,11 +258,27 @@ class _Trainer:
         first = number < METERED_STEPS * num_parts
         return self._meter if first or self._device.type == "cuda" else nullcontext()
 
-    def _correct(self, split: str) -> list[int] | None:
-        if not self._task.ingest.shards.get(split):
+    def _correct_on_val(self) -> list[int]:
+        return counted(count_correct(self._units, self._val_feed, self._method.precision, self._meter))
+
+    def _test(self, chosen: int) -> int | None:
+        """Counts the test images that the chosen exit gets right; their labels open to a committed choice alone."""
+        task = self._task
+        if not task.ingest.shards.get("test"):
             return None
-        feed = self._val_feed if split == "val" else self._feed(split)
-        return counted(count_correct(self._units, feed, self._method.precision, self._meter))
+        made_from = fingerprint_of([task.config.fingerprint, self._method.title, self._fit.batch_size])
+        labels = self._state.choose(
+            task.store,
+            task.ingest,
+            Choice(
+                fingerprint=made_from,
+                ingest_checksum=task.ingest.content_checksum,
+                chosen_exit=chosen,
+                reason="right most often on validation",
+            ),
+        )
+        precision = self._method.precision
+        return counted(find_hits(self._units, self._feed("test"), precision, self._meter, labels))[chosen].bit_count()
 
     @cached_property
     def _val_feed(self) -> Feed:

@@ -258,16 +258,18 @@ def _moved(store: Store, config: RunConfig, summary: dict[str, Any], clock: _Run
     stored = sum(size for key, size in store.list(RunLayout(config.run).blocks) if "/activations/" in key)
     if config.cluster.executor != "inline":
         return {"cpu_s": None, "read_bytes": None, "written_bytes": None, "stored_bytes": stored}
-    images = bytes_per_pass(read_ingest(store, RunLayout(config.run)))
+    ingest, views = read_ingest(store, RunLayout(config.run)), config.train.views
+    num_train, num_val = (ingest.facts["split_rows"][split] for split in ("train", "val"))
+    share = (num_train + num_val) / (views * num_train + num_val)
     return {
         "cpu_s": clock.spent.cpu_s,
-        "read_bytes": read_bytes(summary["blocks"], images, config.train.epochs),
+        "read_bytes": read_bytes(summary["blocks"], bytes_per_pass(ingest), config.train.epochs, share),
         "written_bytes": clock.spent.written_bytes,
         "stored_bytes": stored,
     }
 
 
-def read_bytes(blocks: Sequence[dict[str, Any]], image_bytes: int, num_epochs: int) -> int:
+def read_bytes(blocks: Sequence[dict[str, Any]], image_bytes: int, num_epochs: int, view_share: float = 1.0) -> int:
     """Returns the bytes of the shards that all blocks go through.
 
     Each goes through its source once an epoch, and once more where it stores activations of its own.
@@ -275,6 +277,8 @@ def read_bytes(blocks: Sequence[dict[str, Any]], image_bytes: int, num_epochs: i
     Args:
         blocks: of a summary, in order.
         image_bytes: of the shards of images, train and validation split.
+        view_share: part of what a block stores that an epoch reads: one view of several, and the validation split.
     """
-    sources = {-1: image_bytes, **{block["block_idx"]: block["shard_bytes"] for block in blocks}}
-    return sum(sources[block["source_block"]] * (num_epochs + (block["shard_bytes"] > 0)) for block in blocks)
+    sources = {-1: image_bytes / view_share, **{block["block_idx"]: block["shard_bytes"] for block in blocks}}
+    passes = ((block["source_block"], num_epochs * view_share + (block["shard_bytes"] > 0)) for block in blocks)
+    return round(sum(sources[source] * times for source, times in passes))

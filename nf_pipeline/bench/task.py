@@ -10,7 +10,7 @@ import torch
 
 from nf_pipeline.bench.methods import Method
 from nf_pipeline.config import RunConfig
-from nf_pipeline.core.heads import build_head
+from nf_pipeline.core.heads import build_head, head_site
 from nf_pipeline.core.layers import CutModel, cut
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.models import build_model
@@ -70,8 +70,8 @@ def _one_unit(task: Task, segment_layers: int) -> list[LocalUnit]:
 
 def _unit_per_layer(task: Task, _segment_layers: int) -> list[LocalUnit]:
     cut_model, num_classes, seed = task.cut_model(), task.ingest.facts["num_classes"], task.config.train.seed
-    *shapes, _ = cut_model.out_shapes
-    heads = [build_head("classic", shape, num_classes, seed + position) for position, shape in enumerate(shapes)]
+    sites = [head_site(cut_model.out_shapes, position, num_classes) for position in range(len(cut_model.layers) - 1)]
+    heads = [build_head("classic", site, seed + position) for position, site in enumerate(sites)]
     return _joined(cut_model.layers, [*heads, cut_model.tail])
 
 

@@ -60,7 +60,7 @@ class _Listed(click.ParamType):
 @click.option("--val-fraction", type=float, default=0.1, show_default=True, help="Of the train split.")
 @click.option(
     "--augment",
-    type=click.Choice(["none", "flip", "crop_flip"]),
+    type=click.Choice(["none", "flip", "crop_flip", "color", "randaugment"]),
     default="none",
     show_default=True,
     help="Of images.",

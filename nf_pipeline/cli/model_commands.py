@@ -63,6 +63,24 @@ def evaluate_command(uri: str, data: str, model: str | None, as_json: bool, **se
     metavar="N",
     help="Images per step; any number gives the same predictions.",
 )
+@click.option(
+    "--adaptive",
+    is_flag=True,
+    help="Let images leave at the first exit that is sure enough, where that costs no accuracy on validation; for "
+    "runs trained with --exits all.",
+)
+@click.option(
+    "--accuracy",
+    type=click.FloatRange(0, 1),
+    metavar="A",
+    help="The same at the lowest cost with this accuracy on validation, such as 0.75.",
+)
+@click.option(
+    "--flops",
+    type=click.FloatRange(0),
+    metavar="F",
+    help="The same at the highest accuracy with this cost of one image on average.",
+)
 @image_column_option
 @bad_image_option
 @factory_option
@@ -77,9 +95,12 @@ def predict_command(
     probability, layer of the exit.
     """
     from nf_pipeline.cli.tables import prediction_text
-    from nf_pipeline.driver.use import predict
+    from nf_pipeline.driver.use import EarlyExitWish, predict
 
-    written = predict(uri, images, output, batch_size, model, **settings)
+    wishes = {name: settings.pop(name) for name in ("accuracy", "flops")}
+    is_adaptive = settings.pop("adaptive") or any(wish is not None for wish in wishes.values())
+    early_exits = EarlyExitWish(**wishes) if is_adaptive else None
+    written = predict(uri, images, output, batch_size, model, early_exits=early_exits, **settings)
     print(json.dumps(written) if as_json else prediction_text(written))
 
 

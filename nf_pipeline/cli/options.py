@@ -110,7 +110,7 @@ CONFIG_FLAGS = (
         metavar="M",
         default="one that suits the images",
         explanation="convnet, vgg11_bn, vgg13_bn, vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, "
-        "mobilenet_v2, or your own as package.module:factory.",
+        "mobilenet_v2; any other as torchvision:NAME or timm:NAME; or your own as package.module:factory.",
     ),
     ConfigFlag(
         name="--memory-budget",
@@ -173,6 +173,15 @@ CONFIG_FLAGS = (
         explanation="Passes over the train split, per block.",
     ),
     ConfigFlag(
+        name="--views",
+        field="train.views",
+        metavar="V",
+        value_type=int,
+        default="1",
+        explanation="Store V differently augmented passes of the train split per block; the epochs of the next block "
+        "read them in turn. Needs train.augment.",
+    ),
+    ConfigFlag(
         name="--local",
         field="train.local",
         default="auto",
@@ -218,6 +227,14 @@ CONFIG_FLAGS = (
         default="patience=2",
         explanation="End when N blocks in a row brought no exit above the validation noise, or train all blocks; "
         "a pipelined run always does.",
+    ),
+    ConfigFlag(
+        name="--exits",
+        field="exits.keep",
+        default="chosen",
+        value_type=click.Choice(["chosen", "all"]),
+        explanation="Keep the chosen exit alone, or those before it too, for samples to leave at the first one that "
+        "is sure enough.",
     ),
     ConfigFlag(
         name="--cache",

@@ -110,6 +110,7 @@ def summary_text(summary: Mapping[str, Any], run_uri: str) -> str:
     layer = summary["exits"][chosen]["layer"]
     lines = [blocks, "", exits, "", f"chosen: exit {chosen} ({layer}), {summary['chosen_reason']}"]
     lines.append(_accuracy_line(summary))
+    lines.append(_honesty_line(summary))
     lines.append(f"next: nf-pipeline predict {run_uri} INPUT --output predictions.parquet")
     return "\n".join(lines)
 
@@ -151,7 +152,10 @@ def prediction_text(written: Mapping[str, Any]) -> str:
     """Says how many images were predicted and where, and how many were left out, if any."""
     text = f"{written['rows']:,} predictions in {written['output']}"
     skipped = written["num_skipped"]
-    return f"{text}, {skipped:,} images skipped that cannot be decoded" if skipped else text
+    if skipped:
+        text = f"{text}, {skipped:,} images skipped that cannot be decoded"
+    left = ", ".join(f"{rows:,} at {layer}" for layer, rows in written.get("rows_by_exit", {}).items())
+    return f"{text}\nleft: {left}" if left else text
 
 
 def checks_text(checks: Sequence[Any]) -> str:
@@ -276,6 +280,18 @@ def _accuracy_line(summary: Mapping[str, Any]) -> str:
         f"({smaller:.1f}x smaller), {format_duration(summary['wall_s'])} in all"
     )
     return line + (", stopped early" if summary["stopped_early"] else "")
+
+
+def _honesty_line(summary: Mapping[str, Any]) -> str:
+    """Says what the choice may have made look better than it is, and how far probabilities can be trusted."""
+    low, high = summary["val_interval_corrected"]
+    found, reads = summary["calibration"], summary["test_reads"]
+    line = (
+        f"corrected for the choice: validation {_percent(summary['val_accuracy_corrected'])} "
+        f"({100 * low:.1f}-{100 * high:.1f} %); calibration error {_percent(found['ece_before'])} before and "
+        f"{_percent(found['ece_after'])} after temperature {found['temperature']:.3g}"
+    )
+    return line if reads < 2 else f"{line}; the test split was read {reads} times"
 
 
 def _status_row(stage: Mapping[str, Any]) -> list[str]:

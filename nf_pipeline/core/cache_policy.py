@@ -1,15 +1,17 @@
 """Where each block's input comes from: stored activations, or an earlier source and the layers in between again.
 
-All seconds are per sample, multiplied by `rows` (train and validation) at the end. A pass of block j that starts from
-source s (-1: the images) reads `bytes(s)` while the device computes; whichever is slower decides:
+All seconds are per sample, multiplied at the end by the samples: an epoch has those of the train and the validation
+split, the caching pass those of every view of the train split and of the validation split. A pass of block j that
+starts from source s (-1: the images) reads `bytes(s)` while the device computes; whichever is slower decides:
 
     pass(j, s, own) = max(bytes(s) / read_rate, own + sum of forward_s of the blocks s+1 .. j-1 + bytes(s) * load_s)
     block j         = epochs * pass(j, s, train_s of j)                                         trained
                     + pass(j, s, forward_s of j) + bytes(j) / write_rate                        and, if stored, cached
 
 `load_s` is what a byte that is read takes from training: CPU seconds of reading, where training needs the same cores.
-Writing is priced in full, as if nothing overlapped with it. A block is stored only if a later one reads it, so the
-choices depend on each other: `choose_sources` looks at every set of stored blocks that could be the best one.
+Writing is priced in full, as if nothing overlapped with it; an epoch reads one view, however many there are. A block
+is stored only if a later one reads it, so the choices depend on each other: `choose_sources` looks at every set of
+stored blocks that could be the best one.
 
 Knows nothing of torch, stores or devices: rates come from `storage.bandwidth`, seconds from `core.timing`.
 Entry: `choose_sources`.
@@ -53,6 +55,7 @@ class CacheJob:
         blocks: in order.
         image_bytes: of one stored image.
         rows: samples of the train and the validation split.
+        stored_rows: samples that a block writes which stores its output: those of every view.
         epochs: passes over them while a block trains.
         rates: of the store.
         shares_cores: whether training computes on the cores that decode what is read.
@@ -61,6 +64,7 @@ class CacheJob:
     blocks: tuple[BlockCost, ...]
     image_bytes: int
     rows: int
+    stored_rows: int
     epochs: int
     rates: StoreRates
     shares_cores: bool
@@ -70,10 +74,10 @@ class CacheJob:
         return self.rows * self.epochs * self._pass_s(block_idx, source, self.blocks[block_idx].train_s)
 
     def store_s(self, block_idx: int, source: int) -> float:
-        """Returns the seconds of the pass that stores a block's output."""
+        """Returns the seconds of the passes that store a block's output."""
         block = self.blocks[block_idx]
         written_s = block.stored_bytes / self.rates.write_bytes_per_s
-        return self.rows * (self._pass_s(block_idx, source, block.forward_s) + written_s)
+        return self.stored_rows * (self._pass_s(block_idx, source, block.forward_s) + written_s)
 
     def read_s(self, source: int) -> float:
         """Returns the seconds that the store takes to deliver a source once."""

@@ -53,7 +53,7 @@ def with_sources(
             stored_s = costs.store_s(block.block_idx, source) if block.block_idx in sources else 0.0
             block = replace(block, predicted_s=costs.train_s(block.block_idx, source) + stored_s)
         if is_final:
-            why = _reason(job, block, known, sources)
+            why = [*_reason(job, block, known, sources), *_views(job, block)]
             block = rooms.settled(replace(block, reason="; ".join([block.reason, *why])))
         blocks.append(block)
     return replace(draft, blocks=tuple(blocks))
@@ -69,13 +69,14 @@ def _costs(job: PlanJob, draft: Draft, times: TimeModel, rates: StoreRates) -> C
             BlockCost(
                 train_s=times.train_s(spans, block.batch_size) / (train.epochs * rows),
                 forward_s=times.forward_s_per_sample(spans, block.batch_size) / workers,
-                stored_bytes=job.stored_bytes(block.layers[1]) // rows,
+                stored_bytes=job.sample_bytes(block.layers[1]),
             )
         )
     return CacheJob(
         blocks=tuple(blocks),
         image_bytes=math.prod(job.in_shapes[0]),
         rows=rows,
+        stored_rows=job.stored_rows,
         epochs=train.epochs,
         # Every worker reads its part of the rows, and decodes it on the threads that it computes with.
         rates=StoreRates(
@@ -198,6 +199,15 @@ def _reason(job: PlanJob, block: BlockPlan, costs: CacheJob | None, sources: Seq
         return [f"input computed again from {place}"]
     extent = "all of the network before it" if block.recomputed else "the block before it"
     return [f"input from {place}: with {extent} it takes more than {format_bytes(block.budget_bytes)}"]
+
+
+def _views(job: PlanJob, block: BlockPlan) -> list[str]:
+    """Says what storing several views takes."""
+    num_views = job.cfg.train.views
+    if num_views == 1 or not block.shard_bytes:
+        return []
+    view_bytes = job.split_rows["train"] * job.sample_bytes(block.layers[1])
+    return [f"stores {num_views} views of the train split, {format_bytes(view_bytes)} each"]
 
 
 def _place(source: int) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from nf_pipeline.config import MemoryConfig, RunConfig
 from nf_pipeline.core.estimate import Head, UnitEstimator
+from nf_pipeline.core.heads import AUTO_HEAD, STAND_IN
 from nf_pipeline.core.layers import CutModel
 from nf_pipeline.core.local_unit import LocalUnit, build_units
 from nf_pipeline.core.partition import (
@@ -62,12 +63,21 @@ class PlanJob:
     def units(self, spans: Sequence[UnitSpan], which: range | None = None) -> list[LocalUnit]:
         """Builds units; their layers are the model's own."""
         train = self.cfg.train
-        return build_units(self.cut_model, train.head, spans, self.num_classes, train.seed, units=which)
+        head = STAND_IN if train.head == AUTO_HEAD else train.head
+        return build_units(self.cut_model, head, spans, self.num_classes, train.seed, units=which, train=train)
+
+    @property
+    def stored_rows(self) -> int:
+        """Samples that a block stores: every view of the train split, and the validation split."""
+        return self.cfg.train.views * self.split_rows["train"] + self.split_rows.get("val", 0)
+
+    def sample_bytes(self, stop: int) -> int:
+        """Returns the tensor bytes that a sample's activations take as stored after layer `stop` - 1."""
+        return math.prod(self.in_shapes[stop]) * ITEM_BYTES[self.cfg.storage.dtype]
 
     def stored_bytes(self, stop: int) -> int:
-        """Returns the tensor bytes that the activations of all stored splits take after layer `stop` - 1."""
-        rows = self.split_rows["train"] + self.split_rows.get("val", 0)
-        return rows * math.prod(self.in_shapes[stop]) * ITEM_BYTES[self.cfg.storage.dtype]
+        """Returns the tensor bytes that the activations of all stored samples take after layer `stop` - 1."""
+        return self.stored_rows * self.sample_bytes(stop)
 
     def unit_names(self, units: Sequence[UnitProfile]) -> list[str]:
         """Names units by their layers: "features.0" or "features.0..features.7"."""
@@ -101,13 +111,13 @@ class PlanJob:
             self.cut_model.layers,
             self._head,
             self.in_shapes,
-            precision=self.cfg.train.precision,
+            train=self.cfg.train,
             batch_sizes=self._ends_of_batches,
         )
 
     def _head(self, layer_idx: int, name: str) -> Head:
         (unit,) = self.units([UnitSpan(layer_idx, layer_idx + 1, head=name)])
-        return Head(module=unit.head, is_contiguous=unit.is_last)
+        return Head(module=unit.head, is_contiguous=unit.is_last, loss=unit.objective.on_output)
 
     def _profile_one(self, span: UnitSpan) -> UnitProfile:
         batch_sizes = probe_batch_sizes(self.memory.min_batch_size, self.memory.max_batch_size)
@@ -161,6 +171,12 @@ def draft_plan(job: PlanJob, proposal: Proposal, units: tuple[UnitProfile, ...])
         PlanError: a unit trains on no class of workers.
     """
     return _Drafting(job, units).draft(proposal)
+
+
+def added_up(units: Sequence[UnitProfile], batch_size: int) -> int:
+    """Returns the bytes of a block's step: what all of its units hold always, and the most that one needs beside."""
+    resident = sum(unit.resident_bytes for unit in units)
+    return resident + max(unit.peak_bytes(batch_size) - unit.resident_bytes for unit in units)
 
 
 def verified_batch(
@@ -226,7 +242,7 @@ class _Drafting:
         groups = []
         for start, stop, budget in assign_budgets(self._profiles, self._names, job.budgets, job.memory):
             for group in self._partition(start, stop, budget):
-                groups.append((group, self._added_up(group), budget))
+                groups.append((group, added_up(self._profiles[group.start : group.stop], group.batch_size), budget))
         return self._with_blocks(Draft(proposal=proposal, units=self._profiles, blocks=()), groups)
 
     def verify(self, draft: Draft) -> Draft:
@@ -264,11 +280,6 @@ class _Drafting:
         profiles, names, job = self._profiles[start:stop], self._names[start:stop], self._job
         groups = partition(profiles, budget, job.memory, unit_names=names, cap_name=job.cap_name)
         return [replace(group, start=start + group.start, stop=start + group.stop) for group in groups]
-
-    def _added_up(self, group: Group) -> int:
-        units = self._profiles[group.start : group.stop]
-        resident = sum(unit.resident_bytes for unit in units)
-        return resident + max(unit.peak_bytes(group.batch_size) - unit.resident_bytes for unit in units)
 
     def _verified(self, whole: Group, units: Sequence[LocalUnit], budget: int) -> Iterator[tuple[Group, int]]:
         """Yields the blocks that a block becomes, most often itself, with their verified peaks."""

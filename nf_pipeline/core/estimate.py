@@ -1,4 +1,4 @@
-"""Adds up what units take from one look at every layer and every head: quick, most often a few per cent off.
+"""Adds up what units take from one look at every layer, head and loss: quick, most often a few per cent off.
 
 Ways to form units are compared by these sums; the bytes of the one that is taken are counted in whole steps
 (`nf_pipeline.core.profiler`). A part is looked at once, on fake tensors: what it keeps for its backward pass, and
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.memory import LiveBytes
 from nf_pipeline.core.probe import fake_copy
@@ -58,10 +59,22 @@ class Head:
     Attributes:
         module: on the CPU; left as it is.
         is_contiguous: its input is made so: it is the model's own classifier.
+        loss: what the unit's loss computes of the same input beside the head; None, nothing.
     """
 
     module: nn.Module
     is_contiguous: bool
+    loss: nn.Module | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _End:
+    """What stands at a unit's end, looked at: bytes per batch size, and what a head says of itself."""
+
+    head: list[PartBytes]
+    loss: list[PartBytes | None]
+    head_params: int
+    head_flops: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +101,7 @@ class UnitEstimator:
         layers: of the cut model, on the CPU; left as they are.
         make_head: makes a head by the layer that it is on and its name.
         in_shapes: of one sample at the input of every layer, and at the output of the last.
-        precision: of the training step.
+        train: precision and mixup of the training step.
         batch_sizes: smallest and largest, between which estimates are lines.
     """
 
@@ -98,16 +111,17 @@ class UnitEstimator:
         make_head: Callable[[int, str], Head],
         in_shapes: Sequence[Shape],
         *,
-        precision: Precision,
+        train: TrainConfig,
         batch_sizes: Sequence[int],
     ) -> None:
         self._layers = layers
         self._make_head = make_head
         self._in_shapes = in_shapes
-        self._precision = precision
+        self._precision = train.precision
+        self._is_mixed = train.mixup > 0.0
         self._batch_sizes = batch_sizes
         self._looked_at: dict[int, list[PartBytes]] = {}
-        self._heads: dict[tuple[int, str], tuple[list[PartBytes], int, int]] = {}
+        self._ends: dict[tuple[int, str], _End] = {}
 
     def profile(self, span: UnitSpan) -> UnitProfile:
         """Returns about the profile of a unit.
@@ -115,13 +129,19 @@ class UnitEstimator:
         Raises:
             ConfigError: a layer or the head cannot be built, or fails on fake tensors.
         """
-        head, head_params, head_flops = self._head(span.stop - 1, span.head)
+        end = self._end(span.stop - 1, span.head)
         layers = [self._layer(layer_idx) for layer_idx in range(span.start, span.stop)]
         in_bytes = _FLOAT_BYTES * math.prod(self._in_shapes[span.start])
         if self._inputs(span.start).dtype == torch.bfloat16:
             in_bytes += in_bytes // 2  # stored activations come as float32 and are copied
         steps = [
-            _Step([layer[which] for layer in layers], head[which], size * in_bytes, span.segment_layers)
+            _Step(
+                [layer[which] for layer in layers],
+                (end.head[which], end.loss[which]),
+                size * in_bytes,
+                span.segment_layers,
+                is_mixed=self._is_mixed,
+            )
             for which, size in enumerate(self._batch_sizes)
         ]
         peaks = [step.peak_bytes for step in steps]
@@ -135,8 +155,8 @@ class UnitEstimator:
             bytes_per_sample=slope,
             constant_bytes=constant,
             resident_bytes=steps[0].resident_bytes,
-            head_params=head_params,
-            head_flops=head_flops,
+            head_params=end.head_params,
+            head_flops=end.head_flops,
         )
 
     def _layer(self, layer_idx: int) -> list[PartBytes]:
@@ -145,14 +165,19 @@ class UnitEstimator:
             self._looked_at[layer_idx] = look_at(self._layers[layer_idx], inputs, self._precision)
         return self._looked_at[layer_idx]
 
-    def _head(self, layer_idx: int, name: str) -> tuple[list[PartBytes], int, int]:
-        """Returns what the head on a layer holds, its number of weights and its flops."""
-        if (layer_idx, name) not in self._heads:
+    def _end(self, layer_idx: int, name: str) -> _End:
+        """Returns what the head on a layer and the loss there hold."""
+        if (layer_idx, name) not in self._ends:
             head = self._make_head(layer_idx, name)
             inputs = self._inputs(layer_idx + 1, is_contiguous=head.is_contiguous)
-            held, flops = look_at(head.module, inputs, self._precision), forward_flops([head.module], inputs.shape)[0]
-            self._heads[layer_idx, name] = held, count_params(head.module), flops
-        return self._heads[layer_idx, name]
+            nothing: list[PartBytes | None] = [None] * len(self._batch_sizes)
+            self._ends[layer_idx, name] = _End(
+                head=look_at(head.module, inputs, self._precision),
+                loss=nothing if head.loss is None else [*look_at(head.loss, inputs, self._precision)],
+                head_params=count_params(head.module),
+                head_flops=forward_flops([head.module], inputs.shape)[0],
+            )
+        return self._ends[layer_idx, name]
 
     def _inputs(self, position: int, *, is_contiguous: bool = False) -> Inputs:
         return Inputs(
@@ -212,22 +237,33 @@ class _Step:
 
     Args:
         layers: of the unit.
-        head: on the last.
+        end: the head on the last, and what the loss computes beside it.
         in_bytes: of the batch.
         segment_layers: see `UnitSpan`.
+        is_mixed: whether the batch is mixed first.
     """
 
-    def __init__(self, layers: Sequence[PartBytes], head: PartBytes, in_bytes: int, segment_layers: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[PartBytes],
+        end: tuple[PartBytes, PartBytes | None],
+        in_bytes: int,
+        segment_layers: int,
+        *,
+        is_mixed: bool,
+    ) -> None:
         self._layers = layers
-        self._head = head
+        self._head, self._loss = end
         self._in_bytes = in_bytes
+        self._is_mixed = is_mixed
         size = segment_layers or len(layers)
         self._segments = [layers[start : start + size] for start in range(0, len(layers), size)]
 
     @property
     def resident_bytes(self) -> int:
         """Weights, momentum and buffers."""
-        return sum(2 * part.weights + part.buffers for part in (*self._layers, self._head))
+        loss = [] if self._loss is None else [self._loss]
+        return sum(2 * part.weights + part.buffers for part in (*self._layers, self._head, *loss))
 
     @property
     def peak_bytes(self) -> int:
@@ -237,6 +273,8 @@ class _Step:
     def _forth(self) -> Iterator[int]:
         """Yields what each forward pass holds beside weights and batch."""
         held = 0
+        if self._is_mixed:
+            yield self._in_bytes
         for segment in self._segments[:-1]:
             entered = held
             for layer in segment:
@@ -247,14 +285,22 @@ class _Step:
             yield held + layer.forward
             held += layer.kept
         yield held + self._head.forward
+        if self._loss is not None:
+            yield held + self._head.kept + self._loss.forward
 
     def _back(self) -> Iterator[int]:
         """Yields the same of each backward pass, and of the optimiser step."""
         last_out = self._layers[-1].out
         ends = sum(segment[-1].out for segment in self._segments[:-1])
         kept = sum(layer.kept for layer in self._segments[-1])
-        gradients = self._head.weights
-        yield gradients + ends + kept + self._head.kept + self._head.backward
+        gradients = waiting = 0
+        if self._loss is not None:
+            # It ran last, so it is the first to go back; what it gives the output waits for what the head gives it.
+            gradients, waiting = self._loss.weights, last_out
+            yield gradients + ends + kept + self._head.kept + self._loss.kept + self._loss.backward
+        gradients += self._head.weights
+        yield gradients + ends + kept + self._head.kept + self._head.backward + waiting
+        yield gradients + ends + kept + 3 * waiting
         for segment in reversed(self._segments):
             if segment is not self._segments[-1]:
                 # Computed again; what the next segment began with goes.

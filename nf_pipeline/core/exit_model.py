@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nf_pipeline.core.heads import build_head
+from nf_pipeline.core.heads import build_head, head_site
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import LocalUnit
@@ -70,9 +70,16 @@ class ExitModel(nn.Module):
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """Returns the logits."""
-        x_NCHW = self.normalise(pixels_NCHW)
-        for layer in self.layers:
+        return self.run_head(self.run_layers(self.normalise(pixels_NCHW), 0, len(self.layers)))
+
+    def run_layers(self, x_NCHW: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Runs a half-open range of layers on what the layer before it, or `normalise`, has returned."""
+        for layer in list(self.layers)[start:stop]:
             x_NCHW = layer(laid_out(x_NCHW))
+        return x_NCHW
+
+    def run_head(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+        """Returns the logits of what the last layer has returned."""
         return self.head(x_NCHW.contiguous() if self._is_last else laid_out(x_NCHW))
 
 
@@ -94,5 +101,6 @@ def build_exit_model(spec: ExitSpec, *, mean: Sequence[float], std: Sequence[flo
     if is_last:
         head = cut_model.tail
     else:
-        head = build_head(spec.head, cut_model.out_shapes[spec.num_layers - 1], spec.num_classes, seed=0)
+        site = head_site(cut_model.out_shapes, spec.num_layers - 1, spec.num_classes)
+        head = build_head(spec.head, site, seed=0)
     return ExitModel([LocalUnit(cut_model.layers[: spec.num_layers], head, is_last=is_last)], mean, std).eval()

@@ -20,22 +20,40 @@ class ExitCandidate:
     Attributes:
         layer_idx: its last layer.
         layer: that layer's name.
-        val_accuracy: in [0, 1].
-        num_val: samples of the validation split.
+        hits: which samples of the validation split it got right; see `nf_pipeline.core.hits`.
+        num_val: samples of that split.
         params: weights up to the exit, head included.
         flops: of one sample's forward pass, head included.
     """
 
     layer_idx: int
     layer: str
-    val_accuracy: float
+    hits: int
     num_val: int
     params: int
     flops: int
 
+    @property
+    def val_accuracy(self) -> float:
+        """On the validation split, in [0, 1]."""
+        return self.hits.bit_count() / self.num_val
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """By which the smaller of two exits is told: parameters, then depth."""
+        return self.params, self.layer_idx
+
     def interval(self, confidence: float) -> tuple[float, float]:
-        """Returns the Wilson interval around the validation accuracy."""
-        return wilson_interval(round(self.val_accuracy * self.num_val), self.num_val, confidence)
+        """Returns the Wilson interval around the validation accuracy, for an exit that was fixed beforehand."""
+        return wilson_interval(self.hits.bit_count(), self.num_val, confidence)
+
+    def interval_among(self, num_exits: int, confidence: float) -> tuple[float, float]:
+        """Returns an interval that holds for whichever of so many exits is chosen, by whatever rule.
+
+        The intervals of all exits hold together with this confidence or more (Bonferroni), hence that of the one
+        that is picked, however it was picked. As all exits see the same samples it is wider than it had to be.
+        """
+        return wilson_interval(self.hits.bit_count(), self.num_val, 1 - (1 - confidence) / num_exits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +67,66 @@ class ChosenExit:
 
     index: int
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRule:
+    """What may be given up for a smaller model; see `choose_exit`.
+
+    Attributes:
+        tolerance_points: percentage points below the best, at least 0.
+        confidence: in (0, 1).
+    """
+
+    tolerance_points: float
+    confidence: float
+
+    def level(self, num_exits: int) -> float:
+        """Returns the p-value below which an exit counts as worse than the best of so many."""
+        return (1 - self.confidence) / max(1, num_exits - 1)
+
+    def pick(self, sizes: Sequence[tuple[int, int]], tally: "Tally") -> int:
+        """Returns the position of the smallest exit that is as good as the best one.
+
+        Args:
+            sizes: see `ExitCandidate.size`.
+            tally: of the samples that decide.
+        """
+        ascending = sorted(range(len(sizes)), key=sizes.__getitem__)
+        return next(idx for idx in ascending if self.is_as_good(tally, idx))  # the best is as good as itself
+
+    def is_as_good(self, tally: "Tally", idx: int) -> bool:
+        """Tells whether an exit keeps both rules."""
+        lost = tally.correct[tally.best] - tally.correct[idx]
+        if 100 * lost / tally.num_samples > self.tolerance_points + _ROUNDING:
+            return False
+        return sign_test(*tally.only_one(idx)) > self.level(len(tally.correct))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """How often exits were right on the same samples.
+
+    Attributes:
+        best: position of the one that was right most often.
+        correct: how often each one was right.
+        both: how often each one and the best were.
+        num_samples: of all.
+    """
+
+    best: int
+    correct: Sequence[int]
+    both: Sequence[int]
+    num_samples: int
+
+    def only_one(self, idx: int) -> tuple[int, int]:
+        """Returns on how many samples only the best was right, and on how many only this exit."""
+        return self.correct[self.best] - self.both[idx], self.correct[idx] - self.both[idx]
+
+
+def best_exit(sizes: Sequence[tuple[int, int]], correct: Sequence[int]) -> int:
+    """Returns the exit that was right most often; of several the smallest."""
+    return min(range(len(sizes)), key=lambda idx: (-correct[idx], sizes[idx]))
 
 
 def wilson_interval(num_correct: int, num_total: int, confidence: float) -> tuple[float, float]:
@@ -77,21 +155,44 @@ def wilson_interval(num_correct: int, num_total: int, confidence: float) -> tupl
     return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
+def sign_test(num_better: int, num_worse: int) -> float:
+    """Returns how likely so many samples in favour of one model are if both are equally good: McNemar's exact test.
+
+    Of two models that see the same samples only those tell which is better that just one of them gets right
+    (McNemar 1947, https://doi.org/10.1007/BF02295996). If both are equally good, each of these is as likely to favour
+    one as the other: P(X >= num_better) for X ~ Binomial(num_better + num_worse, 1/2). One-sided.
+
+    Args:
+        num_better, num_worse: samples that only the first, or only the second, got right; at least 0.
+    """
+    total = num_better + num_worse
+    if 2 * num_better <= total:  # then the terms left out are the few
+        return 1.0 - _tail(num_worse + 1, total)
+    return _tail(num_better, total)
+
+
 def choose_exit(candidates: Sequence[ExitCandidate], tolerance_points: float, confidence: float) -> ChosenExit:
     """Chooses the smallest exit that is as good as the best one.
 
     An exit is as good when both hold:
     1. its validation accuracy is at most `tolerance_points` percentage points below the best: what the user
        is ready to pay for a smaller model;
-    2. the best accuracy lies within the exit's own Wilson interval at `confidence`: on a large split, where
-       even a small loss is certain, the tolerance alone does not excuse it.
+    2. a paired test (`sign_test`) on the validation samples does not show that the best is better, at the level
+       (1 - `confidence`) / (number of exits - 1): on a large split, where even a small loss is certain, the
+       tolerance alone does not excuse it.
     Of these the one with the fewest parameters wins; ties go to the shallower.
 
-    Why not simply the best: the highest of many noisy accuracies is too high on average (it was picked for
-    its luck), so it is an optimistic goal, while the parameters of the exit that reached it are certain. The
-    chosen exit's validation accuracy is the result of a choice too; only the test split, used once after it,
-    is unbiased. All exits see the same samples: a paired test could tell closer ones apart, but needs each
-    sample's predictions. Without it rule 2 is lenient and errs towards the smaller model; rule 1 bounds that.
+    What rule 2 promises: an exit that is truly as good as any other is left out for noise with a probability of at
+    most 1 - `confidence`, however many exits there are. It would have to lose against one of the others, which has
+    at most that probability over all of them together (Bonferroni); so it does not matter that the one to compare
+    with is picked for its luck, as the highest of many noisy accuracies is. That is the selection of a subset which
+    holds the best (Gupta 1965, https://doi.org/10.1080/00401706.1965.10490251; Hsu, Multiple Comparisons, 1996). A
+    step-down correction such as Holm's would be sharper, but needs comparisons with one that was fixed beforehand.
+
+    What it does not promise: that the chosen exit is as good as the best. On a small split the test can tell next to
+    nothing, and rule 1 alone bounds what is given up, by what was measured. Nor that its validation accuracy is free
+    of the luck of the choice: `nf_pipeline.core.optimism` says how much that is, and only the test split, used once
+    after it, is unbiased.
 
     Args:
         candidates: all measured on the same validation split.
@@ -101,30 +202,49 @@ def choose_exit(candidates: Sequence[ExitCandidate], tolerance_points: float, co
     Raises:
         ValueError: no candidates, or an argument out of range.
     """
-    if not candidates or tolerance_points < 0:
+    if not candidates or tolerance_points < 0 or not 0.0 < confidence < 1.0:
         raise ValueError(
-            f"got {len(candidates)} exits and a tolerance of {tolerance_points}, want 1 or more and 0 or more"
+            f"got {len(candidates)} exits, a tolerance of {tolerance_points} and a confidence of {confidence}, "
+            f"want 1 or more, 0 or more, and between 0 and 1"
         )
-    best = max(candidates, key=lambda one: (one.val_accuracy, -one.params, -one.layer_idx))
-    good = [idx for idx, one in enumerate(candidates) if _is_as_good(one, best, tolerance_points, confidence)]
-    index = min(good, key=lambda idx: (candidates[idx].params, candidates[idx].layer_idx))
-    return ChosenExit(index=index, reason=_explain(candidates[index], best, tolerance_points, confidence))
+    rule = ExitRule(tolerance_points=tolerance_points, confidence=confidence)
+    sizes, tally = [one.size for one in candidates], tally_of(candidates)
+    index = rule.pick(sizes, tally)
+    return ChosenExit(index=index, reason=_explain(candidates, tally, index, rule))
 
 
-def _is_as_good(one: ExitCandidate, best: ExitCandidate, tolerance_points: float, confidence: float) -> bool:
-    points_below = 100 * (best.val_accuracy - one.val_accuracy)
-    _, high = one.interval(confidence)
-    return points_below <= tolerance_points + _ROUNDING and best.val_accuracy <= high + _ROUNDING
+def tally_of(candidates: Sequence[ExitCandidate]) -> Tally:
+    """Counts what the exits got right alone and together."""
+    correct = [one.hits.bit_count() for one in candidates]
+    best = best_exit([one.size for one in candidates], correct)
+    both = [(one.hits & candidates[best].hits).bit_count() for one in candidates]
+    return Tally(best=best, correct=correct, both=both, num_samples=candidates[0].num_val)
 
 
-def _explain(one: ExitCandidate, best: ExitCandidate, tolerance_points: float, confidence: float) -> str:
+def _tail(first: int, total: int) -> float:
+    """Sums the probabilities of `first` and more of `total` tosses, for more than half of them."""
+    if first > total:
+        return 0.0
+    log_term = math.lgamma(total + 1) - math.lgamma(first + 1) - math.lgamma(total - first + 1)
+    term = math.exp(log_term - total * math.log(2))
+    tail = 0.0
+    for number in range(first, total + 1):
+        tail += term
+        term *= (total - number) / (number + 1)
+        if term < tail * _ROUNDING * _ROUNDING:
+            break
+    return min(1.0, tail)
+
+
+def _explain(candidates: Sequence[ExitCandidate], tally: Tally, index: int, rule: ExitRule) -> str:
+    one, best = candidates[index], candidates[tally.best]
     chosen = f"layer {one.layer}: {100 * one.val_accuracy:.2f} % on validation, {one.params:,} parameters"
-    if one == best:
+    if index == tally.best:
         return f"{chosen}; the best, and no smaller exit is as good"
-    low, high = one.interval(confidence)
+    only_best, only_one = tally.only_one(index)
     return (
         f"{chosen}; {100 * (best.val_accuracy - one.val_accuracy):.2f} points below the best "
         f"(layer {best.layer}: {100 * best.val_accuracy:.2f} %, {best.params:,} parameters), within the "
-        f"tolerance of {tolerance_points:g} points and of its own {100 * confidence:g} % interval "
-        f"[{100 * low:.2f} %, {100 * high:.2f} %]"
+        f"tolerance of {rule.tolerance_points:g} points, and by a paired test at {100 * rule.confidence:g} % no "
+        f"worse ({only_best} images only the best of {len(candidates)} exits got right, {only_one} only this one)"
     )

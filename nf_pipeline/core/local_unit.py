@@ -12,19 +12,24 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from nf_pipeline.core.heads import build_head
+from nf_pipeline.config import TrainConfig
+from nf_pipeline.core.heads import build_head, head_site
 from nf_pipeline.core.layers import CutModel
 from nf_pipeline.core.layout import laid_out
+from nf_pipeline.core.objectives import CrossEntropy, UnitEnd, build_objective
 from nf_pipeline.plans import UnitSpan
 
 # Spreads (seed, unit) over seeds so that no two units of neighbouring seeds draw the same head.
 _SEED_STEP = 1_000_003
+# Apart from the seeds of heads, which would draw the same numbers.
+_OBJECTIVE_SEEDS = 2**61
 
 
 class LocalUnit(nn.Module):
-    """x_NCHW -> (out_NCHW, logits_NK): layers, and a head on what they return.
+    """x_NCHW -> (out_NCHW, logits_NK): layers, a head on what they return, and the loss that they train for.
 
-    Names in the state dict: `layers.0. ...` counted from the unit's first layer, and `head. ...`.
+    Names in the state dict: `layers.0. ...` counted from the unit's first layer, `head. ...`, and `objective. ...`
+    where the loss has weights, which only training uses.
 
     Args:
         layers: in order.
@@ -34,14 +39,22 @@ class LocalUnit(nn.Module):
             Weights, gradients and the running statistics of batch norms are the same either way; other layers that
             count batches count theirs twice.
         is_last: the head is the model's own classifier, whose code may count on contiguous tensors.
+        objective: the loss; None is plain cross-entropy.
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], head: nn.Module, segment_layers: int = 0, *, is_last: bool = False
+        self,
+        layers: Sequence[nn.Module],
+        head: nn.Module,
+        segment_layers: int = 0,
+        *,
+        is_last: bool = False,
+        objective: CrossEntropy | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
         self.head = head
+        self.objective = objective or CrossEntropy()
         self.segment_layers = segment_layers
         self.is_last = is_last
 
@@ -56,6 +69,10 @@ class LocalUnit(nn.Module):
     def features(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         """Returns what the layers make of the input, without the head."""
         return _chain(self.layers, x_NCHW)
+
+    def trained(self) -> "LocalUnit":
+        """Returns a unit of the same layers and head, not copied, without what only training needs."""
+        return LocalUnit(self.layers, self.head, self.segment_layers, is_last=self.is_last)
 
     def _by_segments(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         *starts, last = range(0, len(self.layers), self.segment_layers)
@@ -109,28 +126,45 @@ def build_units(
     num_classes: int,
     seed: int,
     units: range | None = None,
+    *,
+    train: TrainConfig | None = None,
 ) -> list[LocalUnit]:
     """Wraps a cut model's layers into units; the layers are shared with the model, not copied.
 
-    The unit that ends with the last layer has the model's own classifier. The other heads' weights depend on (seed,
-    position) only: a worker that builds one block gets what a worker that builds all gets.
+    The unit that ends with the last layer has the model's own classifier, and trains for cross-entropy. The other
+    heads' weights, and those of losses, depend on (seed, position) only: a worker that builds one block gets what a
+    worker that builds all gets.
 
     Args:
         head_name: of every unit that names no other.
         spans: all units of the plan, in order.
         units: positions to build; None builds all.
+        train: what units train for; None for units that only run, which have none of the weights for that.
 
     Raises:
-        ConfigError: unknown head, or a layer whose output is no map of features.
+        ConfigError: unknown head or loss, or a layer whose output is no map of features.
     """
     built = []
     for unit_idx in units if units is not None else range(len(spans)):
-        span = spans[unit_idx]
+        span, unit_seed = spans[unit_idx], seed * _SEED_STEP + unit_idx
         is_last = span.stop == len(cut_model.layers)
         if is_last:
             head = cut_model.tail
         else:
-            head_seed = seed * _SEED_STEP + unit_idx
-            head = build_head(span.head or head_name, cut_model.out_shapes[span.stop - 1], num_classes, head_seed)
-        built.append(LocalUnit(cut_model.layers[span.start : span.stop], head, span.segment_layers, is_last=is_last))
+            site = head_site(cut_model.out_shapes, span.stop - 1, num_classes)
+            head = build_head(span.head or head_name, site, unit_seed)
+        objective = None
+        if train is not None:
+            objective = _objective(
+                train, cut_model.out_shapes[span.stop - 1], num_classes, unit_seed, is_last=is_last
+            )
+        layers = cut_model.layers[span.start : span.stop]
+        built.append(LocalUnit(layers, head, span.segment_layers, is_last=is_last, objective=objective))
     return built
+
+
+def _objective(
+    train: TrainConfig, out_shape: tuple[int, ...], num_classes: int, unit_seed: int, *, is_last: bool
+) -> CrossEntropy:
+    end = UnitEnd(out_shape=out_shape, num_outputs=num_classes, label_smoothing=train.label_smoothing)
+    return build_objective("cross_entropy" if is_last else train.loss, end, _OBJECTIVE_SEEDS + unit_seed)

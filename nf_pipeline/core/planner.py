@@ -12,10 +12,11 @@ import torch
 
 from nf_pipeline.config import AUTO, MemoryConfig, RunConfig
 from nf_pipeline.core.drafts import PlanJob
-from nf_pipeline.core.heads import check_head_name
+from nf_pipeline.core.heads import AUTO_HEAD, check_head_name
 from nf_pipeline.core.layers import CutModel, cut
 from nf_pipeline.core.memory import free_bytes, total_bytes
 from nf_pipeline.core.models import build_model, suggest_model
+from nf_pipeline.core.objectives import check_objective_name
 from nf_pipeline.core.profiler import Shape, count_params, forward_flops, free_probes
 from nf_pipeline.core.search import search_plan
 from nf_pipeline.core.train_step import resolve_device
@@ -56,7 +57,9 @@ def make_plan(
             batch, or the budget is "auto" and no worker says what it has.
     """
     _check_train_rows(split_rows["train"], cfg.memory)
-    check_head_name(cfg.train.head)
+    check_objective_name(cfg.train.loss)
+    if cfg.train.head != AUTO_HEAD:
+        check_head_name(cfg.train.head)
     name = cfg.model.name or suggest_model(image_shape, split_rows["train"])
     model = build_model(name, image_shape=image_shape, num_classes=num_classes, seed=cfg.train.seed)
     params_full = count_params(model)

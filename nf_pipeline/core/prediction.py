@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 
 from nf_pipeline.config import RunConfig
-from nf_pipeline.core.timing import Seconds, StepTimer
+from nf_pipeline.core.objectives import looks_at_output
+from nf_pipeline.core.timing import PartKey, Seconds, StepTimer
 from nf_pipeline.plans import UnitSpan
 
 
@@ -19,9 +20,8 @@ class TimeModel:
     """Seconds of units and blocks.
 
     Args:
-        cfg: epochs and workers are read.
-        timer: part i is layer i; part `num_layers` + i is the run's head on layer i, the model's own on the last, and
-            part 2 * `num_layers` + i the narrow head there.
+        cfg: loss, epochs and workers are read.
+        timer: of layers, heads, the model's own on the last layer, and losses.
         num_layers: of the cut model.
         split_rows: samples per split.
     """
@@ -30,6 +30,7 @@ class TimeModel:
         self._cfg = cfg
         self._timer = timer
         self._num_layers = num_layers
+        self._times_loss = looks_at_output(cfg.train.loss)
         self._train_rows = split_rows["train"]
         self._val_rows = split_rows.get("val", 0)
 
@@ -40,7 +41,8 @@ class TimeModel:
         if span.segment_layers:
             last = (len(parts) - 1) // span.segment_layers * span.segment_layers
             again = sum(part.forward for part in parts[:last])
-        return sum(part.step for part in parts) + again + self._head(span, batch_size).step
+        end = self._head(span, batch_size).step + self._loss_s(span, batch_size)
+        return sum(part.step for part in parts) + again + end
 
     def forward_s(self, span: UnitSpan, batch_size: int, *, with_head: bool) -> float:
         """Returns the seconds of one batch through a unit without gradients."""
@@ -60,8 +62,13 @@ class TimeModel:
         return sum(self.forward_s(span, batch_size, with_head=False) for span in spans) / batch_size
 
     def _layers(self, span: UnitSpan, batch_size: int) -> list[Seconds]:
-        return [self._timer.seconds(layer, batch_size) for layer in range(span.start, span.stop)]
+        return [self._timer.seconds(PartKey("layer", layer), batch_size) for layer in range(span.start, span.stop)]
 
     def _head(self, span: UnitSpan, batch_size: int) -> Seconds:
-        kind = 2 if span.head else 1
-        return self._timer.seconds(kind * self._num_layers + span.stop - 1, batch_size)
+        return self._timer.seconds(PartKey("head", span.stop - 1, span.head), batch_size)
+
+    def _loss_s(self, span: UnitSpan, batch_size: int) -> float:
+        """Returns what the loss takes beside the head; the last unit's is cross-entropy alone."""
+        if not self._times_loss or span.stop == self._num_layers:
+            return 0.0
+        return self._timer.seconds(PartKey("loss", span.stop - 1), batch_size).step

@@ -28,6 +28,7 @@ from nf_pipeline.core.frozen import FrozenUnits, without_head
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.memory import measure_peak, total_bytes
+from nf_pipeline.core.mixup import any_mix
 from nf_pipeline.core.probe import UNTRACEABLE, fake_copy
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.core.user_code import user_code
@@ -51,7 +52,7 @@ class StepProbe:
     Args:
         units: on the CPU; left as they are.
         in_shape: (C, H, W) of one sample at the block's input.
-        train: optimiser and precision.
+        train: optimiser, precision and mixup.
         device: "cpu" predicts on fake tensors, "cuda" measures.
         frozen: trained units whose layers run on every batch first; `in_shape` is then at the input of these.
 
@@ -73,6 +74,7 @@ class StepProbe:
     ) -> None:
         self._in_shape = in_shape
         self._precision = train.precision
+        self._mixup = train.mixup
         self._device = device
         self._fakes = None if device.type == "cuda" else FakeTensorMode(allow_non_fake_inputs=True)
         if device.type == "cuda":
@@ -148,6 +150,7 @@ class StepProbe:
                     self._input(batch_size),
                     torch.zeros(batch_size, dtype=torch.int64, device=self._device),
                     self._precision,
+                    mix=any_mix(self._mixup, batch_size, self._device),
                 )
         except ConfigError as error:
             if not isinstance(error.__cause__, UNTRACEABLE):

@@ -10,13 +10,19 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 
+import torch
+
 from nf_pipeline.core.caching import with_sources
 from nf_pipeline.core.drafts import Draft, PlanJob, draft_plan, verify_draft
+from nf_pipeline.core.head_choice import choose_heads, name_heads, relieve
+from nf_pipeline.core.heads import AUTO_HEAD
 from nf_pipeline.core.local_unit import even_spans
+from nf_pipeline.core.objectives import looks_at_output
 from nf_pipeline.core.partition import effective_budget, feasible_batch
 from nf_pipeline.core.prediction import TimeModel
-from nf_pipeline.core.proposals import NARROW_HEAD, WIDE_HEAD, Proposal, propose, propose_narrow, whole_network
-from nf_pipeline.core.timing import Part, StepTimer
+from nf_pipeline.core.proposals import WIDE_HEAD, Proposal, propose, propose_narrow, whole_network
+from nf_pipeline.core.timing import Part, PartKey, StepTimer
+from nf_pipeline.core.unused_settings import name_unused
 from nf_pipeline.errors import ConfigError, PlanError
 from nf_pipeline.plans import Candidate, StoreRates, UnitProfile, UnitSpan
 
@@ -50,9 +56,20 @@ def search_plan(
         PlanError: none fits; of all errors the one that is content with the smallest budget.
         ConfigError: none can be built or predicted.
     """
+    draft, candidates = _search(job, rates, on_progress)
+    if _chooses_heads(job):
+        draft = name_heads(draft)
+    return name_unused(job.cfg.train, draft), candidates
+
+
+def _search(
+    job: PlanJob, rates: StoreRates | None, on_progress: Progress | None
+) -> tuple[Draft, tuple[Candidate, ...]]:
     train = job.cfg.train
     if train.unit_layers is not None:
         (fixed,) = propose(train, job.num_layers, job.memory.max_batch_size, _fitting(job))
+        if _chooses_heads(job):
+            fixed = relieve(job, choose_heads(job, fixed, job.estimate), job.profile)
         draft = draft_plan(job, fixed, job.profile(fixed.spans, on_progress))
         return with_sources(job, verify_draft(job, draft), None, None), ()
     times = _time_model(job)
@@ -65,6 +82,10 @@ def search_plan(
         if estimated := _estimated(job, proposals, on_progress):
             return _settle(job, estimated, times, rates)
     return _settle(job, _draft_all(job, proposals, job.profile, on_progress), times, rates)
+
+
+def _chooses_heads(job: PlanJob) -> bool:
+    return job.cfg.train.head == AUTO_HEAD
 
 
 def _proposals(job: PlanJob) -> list[Proposal]:
@@ -91,6 +112,8 @@ def _draft_all(
     drafts, errors = [], []
     for number, proposal in enumerate(proposals):
         try:
+            if _chooses_heads(job):
+                proposal = choose_heads(job, proposal, survey)
             drafts.append(draft_plan(job, proposal, survey(proposal.spans)))
         except (PlanError, ConfigError) as error:
             errors.append(error)
@@ -121,13 +144,14 @@ def _settle(
             return final, _candidates([final, *(draft for draft in priced if draft is not chosen)], job)
         position = priced.index(chosen)
         try:
-            exact = verify_draft(job, draft_plan(job, chosen.proposal, job.profile(chosen.proposal.spans)))
+            proposal = relieve(job, chosen.proposal, job.profile) if _chooses_heads(job) else chosen.proposal
+            exact = verify_draft(job, draft_plan(job, proposal, job.profile(proposal.spans)))
         except PlanError as error:
             # Estimates leave out what holds for a moment only, and a GPU needs more than any profile says.
             errors.append(error)
             del priced[position]
         else:
-            verified[chosen.proposal] = exact
+            verified[proposal] = exact
             priced[position] = with_sources(job, exact, times, rates, is_final=False)
     raise min(errors, key=lambda error: error.smallest_budget_bytes)
 
@@ -166,18 +190,24 @@ def _fitting(job: PlanJob) -> Callable[[UnitSpan, int], bool]:
 def _time_model(job: PlanJob) -> TimeModel:
     """Returns the times of this job's layers and heads, measured as they are asked for."""
 
-    def make_part(part_idx: int) -> Part:
-        kind, layer = divmod(part_idx, job.num_layers)
-        alone = UnitSpan(layer, layer + 1, head=NARROW_HEAD if kind == 2 else "")
+    def make_part(key: PartKey) -> Part:
+        is_layer = key.kind == "layer"
         return Part(
-            module=job.units([alone])[0].head if kind else job.cut_model.layers[layer],
-            in_shape=job.in_shapes[layer + (kind > 0)],
-            largest_batch=_largest_batch(job, layer),
-            is_first=part_idx == 0,
+            module=job.cut_model.layers[key.layer] if is_layer else _on_output(job, key),
+            in_shape=job.in_shapes[key.layer if is_layer else key.layer + 1],
+            largest_batch=_largest_batch(job, key.layer),
+            is_first=is_layer and key.layer == 0,
         )
 
-    timer = StepTimer(make_part, 3 * job.num_layers, train=job.cfg.train, device=job.device)
+    # Layers, the run's heads and narrow ones; what else there may be.
+    num_kinds = 3 + looks_at_output(job.cfg.train.loss) + _chooses_heads(job)
+    timer = StepTimer(make_part, num_kinds * job.num_layers, train=job.cfg.train, device=job.device)
     return TimeModel(job.cfg, timer, job.num_layers, job.split_rows)
+
+
+def _on_output(job: PlanJob, key: PartKey) -> torch.nn.Module:
+    (unit,) = job.units([UnitSpan(key.layer, key.layer + 1, head=key.head)])
+    return unit.head if key.kind == "head" else unit.objective.on_output
 
 
 def _largest_batch(job: PlanJob, layer: int) -> int:

@@ -10,9 +10,11 @@ Knows nothing of units, blocks and budgets. Entry class: `StepTimer`.
 import copy
 import functools
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +31,20 @@ TIMING_S = 1.0
 
 ONCE_S = 0.5
 """Seconds that a single run may take; larger batches are read off smaller ones."""
+
+
+class PartKey(NamedTuple):
+    """Which part of a network.
+
+    Attributes:
+        kind: a layer, a head on it, or what its loss computes of its output beside the head.
+        layer: 0-based position.
+        head: its name; "" is the run's.
+    """
+
+    kind: Literal["layer", "head", "loss"]
+    layer: int
+    head: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,57 +88,57 @@ class StepTimer:
     """Seconds of parts at any batch size; each is measured once, when it is first asked for.
 
     Args:
-        make_part: makes a part by its number, when it is first timed.
-        num_parts: that may be asked for.
+        make_part: makes a part when it is first timed.
+        num_parts: that may be asked for, about.
         train: optimiser and precision.
         device: on which it is measured.
     """
 
     def __init__(
-        self, make_part: Callable[[int], Part], num_parts: int, *, train: TrainConfig, device: torch.device
+        self, make_part: Callable[[PartKey], Part], num_parts: int, *, train: TrainConfig, device: torch.device
     ) -> None:
         self._part = functools.cache(make_part)
         self._train = train
         self._device = device
         self._limit_s = TIMING_S / (2 * len(GRID) * num_parts)  # training and inference
-        self._too_large: set[tuple[int, int]] = set()
-        self._measured: list[dict[int, Seconds]] = [{} for _ in range(num_parts)]
+        self._too_large: set[tuple[PartKey, int]] = set()
+        self._measured: dict[PartKey, dict[int, Seconds]] = defaultdict(dict)
 
-    def seconds(self, part_idx: int, batch_size: int) -> Seconds:
+    def seconds(self, key: PartKey, batch_size: int) -> Seconds:
         """Returns what a batch takes a part, from the batch sizes around it that memory and time allow to measure."""
         below = max((size for size in GRID if size <= batch_size), default=GRID[0])
         above = min((size for size in GRID if size >= batch_size), default=GRID[-1])
-        self._reach(part_idx, GRID[0])
+        self._reach(key, GRID[0])
         for size in (below, above):
-            self._reach(part_idx, size)
-        return _interpolate(self._measured[part_idx], batch_size)
+            self._reach(key, size)
+        return _interpolate(self._measured[key], batch_size)
 
-    def _reach(self, part_idx: int, size: int) -> None:
+    def _reach(self, key: PartKey, size: int) -> None:
         """Measures a size if memory and time allow; where it might take long those below first, to know better."""
-        measured = self._measured[part_idx]
+        measured = self._measured[key]
         if size in measured:
             return
         below = GRID[: GRID.index(size)]
-        if below and below[-1] not in measured and not self._is_measurable(part_idx, size):
-            self._reach(part_idx, below[-1])
-        if not measured or self._is_measurable(part_idx, size):
-            self._measure(part_idx, size)
+        if below and below[-1] not in measured and not self._is_measurable(key, size):
+            self._reach(key, below[-1])
+        if not measured or self._is_measurable(key, size):
+            self._measure(key, size)
 
-    def _is_measurable(self, part_idx: int, size: int) -> bool:
-        smaller = [known for known in self._measured[part_idx] if known < size]
-        if not smaller or (part_idx, size) in self._too_large or size > self._part(part_idx).largest_batch:
+    def _is_measurable(self, key: PartKey, size: int) -> bool:
+        smaller = [known for known in self._measured[key] if known < size]
+        if not smaller or (key, size) in self._too_large or size > self._part(key).largest_batch:
             return False
-        return self._measured[part_idx][max(smaller)].step * size / max(smaller) <= ONCE_S
+        return self._measured[key][max(smaller)].step * size / max(smaller) <= ONCE_S
 
-    def _measure(self, part_idx: int, size: int) -> None:
+    def _measure(self, key: PartKey, size: int) -> None:
         try:
             with user_code(f"model: a training step of batch {size} fails", "change the model"):
-                self._measured[part_idx][size] = self._time(self._part(part_idx), size)
+                self._measured[key][size] = self._time(self._part(key), size)
         except torch.OutOfMemoryError:
             # Kernels of a GPU take workspaces that no prediction shows.
-            if not self._measured[part_idx]:
+            if not self._measured[key]:
                 raise
-            self._too_large.add((part_idx, size))
+            self._too_large.add((key, size))
 
     def _time(self, part: Part, size: int) -> Seconds:
         timed = _TimedPart(part, size, self._train, self._device)

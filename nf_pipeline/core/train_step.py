@@ -1,9 +1,9 @@
 """One mini-batch through a block: unit after unit, each with its own loss, backward pass and optimiser step.
 
 The profiler runs this very code on fake tensors and the worker on real ones, so the predicted bytes are those
-of the code that trains. Knows nothing of data, schedules, checkpoints or what a loss should look like: losses
-stay tensors, because reading one (`.item()`) would wait for the GPU at every step. Entry function:
-`train_step`.
+of the code that trains. What a unit is trained for is its own (`nf_pipeline.core.objectives`). Knows nothing of
+data, schedules, checkpoints or what a loss should look like: losses stay tensors, because reading one (`.item()`)
+would wait for the GPU at every step. Entry function: `train_step`.
 
 Shapes: N batch, C channels, H, W, K classes.
 """
@@ -14,11 +14,12 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.core.mixup import Mix
+from nf_pipeline.core.objectives import Labels
 from nf_pipeline.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]
@@ -64,6 +65,7 @@ def train_step(
     y_N: torch.Tensor,
     precision: Precision,
     reduce: Callable[[LocalUnit], None] | None = None,
+    mix: Mix | None = None,
 ) -> list[torch.Tensor]:
     """Trains every unit of a block on one mini-batch; gradients stop at each unit's input.
 
@@ -78,13 +80,16 @@ def train_step(
         precision: bf16 runs forward passes and losses under autocast.
         reduce: called with each unit between its backward pass and its optimiser step, to change the gradients
             in place: workers that share a batch average theirs.
+        mix: how the block's input is mixed first; None leaves it as it is.
 
     Returns:
         One detached scalar loss per unit, still on the device.
     """
-    losses = []
+    labels, losses = Labels(y_N=y_N), []
+    if mix is not None:
+        x_NCHW, labels = mix.inputs(x_NCHW), mix.labels(y_N)
     for unit, optimizer in zip(units, optimizers, strict=True):
-        x_NCHW, loss = _train_unit(unit, optimizer, x_NCHW, y_N, precision, reduce)
+        x_NCHW, loss = _train_unit(unit, optimizer, x_NCHW, labels, precision, reduce)
         losses.append(loss)
     return losses
 
@@ -119,14 +124,15 @@ def _train_unit(
     unit: LocalUnit,
     optimizer: torch.optim.Optimizer,
     x_NCHW: torch.Tensor,
-    y_N: torch.Tensor,
+    labels: Labels,
     precision: Precision,
     reduce: Callable[[LocalUnit], None] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with autocast(x_NCHW.device, precision):
         out_NCHW, logits_NK = unit(x_NCHW)
-        loss = functional.cross_entropy(logits_NK, y_N)
+        loss = unit.objective.loss(out_NCHW, logits_NK, labels)
     loss.backward()
+    unit.objective.restore_head(unit.head)
     if reduce is not None:
         reduce(unit)
     optimizer.step()

@@ -33,7 +33,8 @@ class ActivationShards:
     Args:
         uri: STORE/NAME of a run.
         block_idx: 0-based; the last block stores nothing, nor does one whose output later blocks compute again.
-        split: "train" or "val"; the final model alone sees the test split.
+        split: "train" or "val", or "train-view1" and so on of a run with several `train.views`; the final model alone
+            sees the test split.
 
     Attributes:
         paths: of the shards, in stored order: absolute paths, or s3://...
@@ -53,7 +54,7 @@ class ActivationShards:
         manifest = read_manifest(store, key)
         if manifest is None:
             raise ObjectMissing(f"{key} is not there", store.uri, "check run and block, or resume the run")
-        if split not in SPLITS:
+        if split not in (*SPLITS, *manifest.shards):
             raise ConfigError(f"split: got {split!r}, want one of {', '.join(SPLITS)}", f"split={SPLITS[0]!r}")
         if manifest.spec is None or not manifest.shards.get(split):
             stored = ", ".join(name for name, shards in manifest.shards.items() if shards) or "none"

@@ -1,8 +1,10 @@
 """Stage 0: images of any source -> uint8 shards of the splits train, val and test, and a manifest.
 
 Labels are read and checked first, then splits are cut, then every wanted image is read, decoded and written
-once, in an order that the seed decides. Memory does not grow with the data set (8 bytes of label for each row
-aside). A committed ingest is a snapshot: nothing here asks whether the data has changed since.
+once, in an order that the seed decides. The shards of the test split hold no labels: these are an object of their
+own, which is not read before an exit is chosen. Memory does not grow with the data set (8 bytes of label for each
+row, and 16 more for those of the test split, aside). A committed ingest is a snapshot: nothing here asks whether the
+data has changed since.
 Knows nothing of models. Entry: `ingest`; `ingest_fingerprint` records what it was made from.
 """
 
@@ -18,18 +20,19 @@ from nf_pipeline.config import RunConfig, fingerprint_of
 from nf_pipeline.data.base import SPLITS, Source, Split
 from nf_pipeline.data.channel_statistics import ChannelStatistics
 from nf_pipeline.data.decode import DecodedBatch, decode_stream
-from nf_pipeline.data.splits import TRAIN, UNUSED
+from nf_pipeline.data.held_out import HeldOutLabels
+from nf_pipeline.data.splits import TEST, TRAIN, UNUSED
 from nf_pipeline.data.survey import Survey, survey
 from nf_pipeline.errors import DataError
 from nf_pipeline.events import Event, Note, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import StageManifest, check_stored, commit_manifest
+from nf_pipeline.storage.manifest import StageManifest, check_stored, commit_manifest, store_object
 from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
 from nf_pipeline.storage.store import Store
 
 STAGE = "ingest"
-INGEST_VERSION = 1
+INGEST_VERSION = 2
 
 _REPORT_S = 0.5
 
@@ -94,12 +97,14 @@ def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Ite
     if job.skipped.num_images:
         yield Note(stage=STAGE, level="warning", text=job.skipped.summary())
     facts = _facts(job, written)
+    labels_key = layout.ingest_labels(layout.ingest_attempt(attempt))
     manifest = StageManifest(
         stage=STAGE,
         fingerprint=ingest_fingerprint(cfg, job.source),
         attempt=attempt,
         spec=spec,
         shards=written.shards,
+        objects=(store_object(store, labels_key, written.held_out.encode()),),
         facts=facts,
     )
     check_stored(store, manifest)
@@ -112,6 +117,7 @@ class _Written:
     statistics: ChannelStatistics
     shards: dict[str, tuple[ShardInfo, ...]] = field(default_factory=dict)
     class_rows: dict[Split, np.ndarray] = field(default_factory=dict)
+    held_out: HeldOutLabels = field(default_factory=HeldOutLabels)
 
 
 def _write(
@@ -180,8 +186,10 @@ def _append(
         chosen = codes == code
         if not chosen.any():
             continue
-        images_NCHW = batch.images[chosen]
-        writer.append(images_NCHW.reshape(len(images_NCHW), -1), labels[chosen], sample_ids[chosen])
+        images_NCHW, stored_labels = batch.images[chosen], labels[chosen]
+        if code == TEST:
+            stored_labels = written.held_out.hold_back(labels[chosen], sample_ids[chosen])
+        writer.append(images_NCHW.reshape(len(images_NCHW), -1), stored_labels, sample_ids[chosen])
         written.class_rows[split] += np.bincount(labels[chosen], minlength=len(job.labels.class_names))
         if code == TRAIN:
             written.statistics.add(images_NCHW)

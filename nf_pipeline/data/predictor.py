@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nf_pipeline.config import DataConfig
+from nf_pipeline.core.early_exit_model import EarlyExitModel
 from nf_pipeline.core.exit_model import ExitModel
 from nf_pipeline.data.base import RawImage, StoredImage, Unusable
 from nf_pipeline.data.columns import likeliest_images, pixels_of
@@ -37,12 +38,29 @@ def classify(model: ExitModel, pixels_NCHW: np.ndarray) -> tuple[np.ndarray, np.
         pixels_NCHW: uint8.
 
     Returns:
-        The likeliest label of each image, int64 [N], and its probability, float32 [N].
+        The likeliest label of each image, int64 [N], and its probability, float32 [N], with the model's temperature.
     """
     device = model.normalise.mean_C11.device
-    probabilities_NK = model(torch.from_numpy(pixels_NCHW).to(device)).softmax(dim=1)
+    logits_NK = model(torch.from_numpy(pixels_NCHW).to(device))
+    probabilities_NK = (logits_NK / model.card.temperature).softmax(dim=1)
     probability_N, label_N = probabilities_NK.max(dim=1)
     return label_N.cpu().numpy(), probability_N.cpu().numpy()
+
+
+def classify_early(model: EarlyExitModel, pixels_NCHW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs a model with early exits on images of its own shape, on the device that it is on.
+
+    Args:
+        model: see `load_early_exit_model`.
+        pixels_NCHW: uint8.
+
+    Returns:
+        As `classify`, and the exit at which each image left, int64 [N].
+    """
+    device = model.final.normalise.mean_C11.device
+    logits_NK, exit_N = model(torch.from_numpy(pixels_NCHW).to(device))
+    probability_N, label_N = logits_NK.softmax(dim=1).max(dim=1)
+    return label_N.cpu().numpy(), probability_N.cpu().numpy(), exit_N.cpu().numpy()
 
 
 class Predictor:

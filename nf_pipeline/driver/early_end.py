@@ -11,6 +11,7 @@ from typing import Any
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core.early_stop import reason_to_stop
+from nf_pipeline.core.hits import hits_from_text
 from nf_pipeline.errors import ObjectCorrupt
 from nf_pipeline.plans import BlockPlan, Plan
 from nf_pipeline.storage.manifest import StageManifest
@@ -56,7 +57,7 @@ def find_early_end(config: RunConfig, num_planned: int, facts: Sequence[Mapping[
 
 
 def check_counts(store: Store, key: str, block: StageManifest, plan: Plan, planned: BlockPlan, num_val: int) -> None:
-    """Compares what a block counted on the validation split with what it had to count.
+    """Compares what a block found on the validation split with what it had to find.
 
     Args:
         store, key: where its manifest is, for the error.
@@ -65,10 +66,19 @@ def check_counts(store: Store, key: str, block: StageManifest, plan: Plan, plann
         num_val: samples of the validation split.
 
     Raises:
-        ObjectCorrupt: it has not one count per exit, or they are of another number of samples.
+        ObjectCorrupt: it has not one count per exit, they are of another number of samples, or they are not those of
+            the samples that it names.
     """
     num_exits, counts = len(plan.units_of(planned)), block.facts.get("val_correct", ())
     if (len(counts), block.facts.get("num_val")) != (num_exits, num_val):
         got = f"{len(counts)} counts of {block.facts.get('num_val')} samples"
         what = f"{key} is damaged: facts.val_correct, num_val: got {got}, want {num_exits} of {num_val}"
+        raise ObjectCorrupt(what, store.uri, repair_fix(store, key))
+    try:
+        hits = [hits_from_text(text, num_val).bit_count() for text in block.facts.get("val_hits", ())]
+    except ValueError as error:
+        what = f"{key} is damaged: facts.val_hits: {error}"
+        raise ObjectCorrupt(what, store.uri, repair_fix(store, key)) from None
+    if hits != counts:
+        what = f"{key} is damaged: facts.val_hits: got {hits} samples, facts.val_correct says {counts}"
         raise ObjectCorrupt(what, store.uri, repair_fix(store, key))

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +20,14 @@ import safetensors.torch
 import torch
 
 from nf_pipeline.config import DataConfig, images_config
+from nf_pipeline.core.early_exit_model import EarlyExitModel
 from nf_pipeline.core.exit_model import ExitModel, Normalise
 from nf_pipeline.data.images import open_images, open_labelled, resize_for
-from nf_pipeline.data.predictor import classify
+from nf_pipeline.data.predictor import classify, classify_early
 from nf_pipeline.data.skipped import SkippedImages
 from nf_pipeline.driver.run_record import load_plan, load_run
 from nf_pipeline.errors import ConfigError, DataError, StorageError
-from nf_pipeline.model_files import load_model
+from nf_pipeline.model_files import load_early_exit_model, load_model
 from nf_pipeline.run_uri import split_run_uri
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import open_store
@@ -41,6 +44,30 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("exit", pa.string(), nullable=False),
     ]
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExitWish:
+    """Which operating point of early exits to take; see `nf_pipeline.core.early_exit_model.EarlyExitModel`.
+
+    Without a wish images leave where that costs no accuracy on the validation split.
+
+    Attributes:
+        accuracy: on the validation split, in [0, 1], at least.
+        flops: mean of one image there, at most.
+    """
+
+    accuracy: float | None = None
+    flops: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses two wishes at once.
+
+        Raises:
+            ConfigError: both are given.
+        """
+        if self.accuracy is not None and self.flops is not None:
+            raise ConfigError(f"early exits: got accuracy {self.accuracy:g} and flops {self.flops:g}", "give one")
 
 
 @torch.no_grad()
@@ -100,6 +127,7 @@ def predict(
     *,
     image_column: str | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
+    early_exits: EarlyExitWish | None = None,
 ) -> dict[str, Any]:
     """Runs the final model over every image of an input and writes one row per image to a Parquet file.
 
@@ -111,26 +139,31 @@ def predict(
         model: see `load_model`.
         image_column: of Parquet; found by its type when not given.
         on_bad_image: "skip" leaves out images that cannot be decoded.
+        early_exits: lets images leave at exits before the final one, of a run that has kept them.
 
     Returns:
-        rows, num_skipped, output and exit_layer.
+        rows, num_skipped, output, exit_layer, and with early exits rows_by_exit: layer of each exit -> rows.
 
     Raises:
+        ConfigError: no operating point is as wished.
+        ObjectMissing: the run has no final model (yet), or has kept no exits before it.
         DataError: an image cannot be decoded or has another size.
         StorageError: the output cannot be written.
     """
-    loaded = load_model(uri, model=model)
+    loaded = load_model(uri, model=model) if early_exits is None else _wished(uri, model, early_exits)
     config = _input_config(images, loaded.card.image_shape, image_column)
-    skipped, rows = SkippedImages(on_bad_image), 0
+    skipped, rows = SkippedImages(on_bad_image), Counter()
     with _prediction_file(output) as write:
         for ids, pixels_NCHW in _batches(config, loaded.card.image_shape, skipped, batch_size):
-            write(_predictions(loaded, ids, pixels_NCHW))
-            rows += len(ids)
+            predicted = _predictions(loaded, ids, pixels_NCHW)
+            write(predicted)
+            rows.update(predicted["exit"].to_pylist())
     return {
-        "rows": rows,
+        "rows": rows.total(),
         "num_skipped": skipped.num_images,
         "output": output,
         "exit_layer": loaded.card.exit_layer,
+        **({} if early_exits is None else {"rows_by_exit": {layer: rows[layer] for layer in loaded.exit_layers}}),
     }
 
 
@@ -238,14 +271,26 @@ def _write_errors(what: str, output: str) -> Iterator[None]:
         raise StorageError(f"{what} cannot be written: {reason}", output, "give a writable --output") from error
 
 
-def _predictions(model: ExitModel, ids: list[str], pixels_NCHW: np.ndarray) -> pa.Table:
-    labels, probabilities = classify(model, pixels_NCHW)
+def _wished(uri: str, model: str | None, wish: EarlyExitWish) -> EarlyExitModel:
+    loaded = load_early_exit_model(uri, model=model)
+    if wish.accuracy is not None:
+        return loaded.with_accuracy(wish.accuracy)
+    return loaded if wish.flops is None else loaded.with_flops(wish.flops)
+
+
+def _predictions(model: ExitModel | EarlyExitModel, ids: list[str], pixels_NCHW: np.ndarray) -> pa.Table:
+    if isinstance(model, EarlyExitModel):
+        labels, probabilities, exits = classify_early(model, pixels_NCHW)
+        layers = [model.exit_layers[exit_idx] for exit_idx in exits]
+    else:
+        labels, probabilities = classify(model, pixels_NCHW)
+        layers = [model.card.exit_layer] * len(ids)
     columns = [
         ids,
         labels,
         [model.card.class_names[label] for label in labels],
         probabilities,
-        [model.card.exit_layer] * len(ids),
+        layers,
     ]
     return pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, PREDICTION_SCHEMA, strict=True)],

@@ -29,7 +29,7 @@ from nf_pipeline.errors import (
 )
 from nf_pipeline.plans import Plan
 from nf_pipeline.run_uri import join_run_uri, split_run_uri
-from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.layout import RunLayout, choice_number
 from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, read_manifest, read_object
 from nf_pipeline.storage.sealed import read_sealed
 from nf_pipeline.storage.shards import ShardInfo, TensorSpec, read_shard
@@ -306,6 +306,7 @@ class _Inspection:
     ) -> StageManifest | None:
         key = self._begin("model", self._layout.model_manifest)
         manifest = self._read_manifest("model", key)
+        self._look_at_choices()
         if manifest is None or config is None:
             return manifest
         checksums = [block.content_checksum for block in takewhile(lambda block: block is not None, blocks)]
@@ -317,6 +318,15 @@ class _Inspection:
             return manifest
         wanted = assemble_fingerprint(config, checksums)
         return manifest if self._expect("model", key, "fingerprint", manifest.fingerprint, wanted, key) else None
+
+    def _look_at_choices(self) -> None:
+        """Looks at choices that no manifest names yet: the next attempt at the model goes on from one of them."""
+        named = {named.entry.key for named in self._named}
+        for key in self._sizes:
+            if key.startswith(f"{self._layout.model}/") and choice_number(key) is not None and key not in named:
+                with self._noting("model", key, self._layout.model_manifest):
+                    read_sealed(self._store, key)
+                    self._documents.append(("model", key))
 
     def _look_at_summary(self, model: StageManifest | None) -> None:
         key = self._begin("summary", self._layout.summary_json)

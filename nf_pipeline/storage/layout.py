@@ -3,12 +3,13 @@
     RUN/run.json  plan.json  events.jsonl  summary.json
     RUN/lock/00000000.json        which driver works on the run
     RUN/dataset/manifest.json     dataset/train-00000.parquet     of a data set handed over, until it is ingested
-    RUN/ingest/manifest.json      ingest/attempt-ID/train-00000.parquet
+    RUN/ingest/manifest.json      ingest/attempt-ID/{train-00000,held-out-labels}.parquet
     RUN/blocks/000/manifest.json  blocks/000/attempt-ID/weights.safetensors
     RUN/blocks/000/rounds/00000/manifest.json     of rounds before a pipelined block's last
                                   blocks/000/attempt-ID/{checkpoint.json,checkpoint-00001.safetensors}
-                                  blocks/000/attempt-ID/activations/train-00000.parquet
+                                  blocks/000/attempt-ID/activations/{train,train-view1,val}-00000.parquet
     RUN/model/manifest.json       model/{model.safetensors,model.json,README.md}
+                                  model/choice-00000.json   model/early_exits.{safetensors,json} where they are kept
 
 Objects of an attempt live below its own id; a stage's manifest.json is the commit that names the attempt that
 counts. Knows nothing of stores or contents. Entry class: `RunLayout`.
@@ -24,6 +25,7 @@ _BLOCK_STAGE = re.compile(r"block-(\d{3,})")
 _LOCK = re.compile(r"/lock/(\d{8,})\.json$")
 _SHARD = re.compile(r"/attempt-[^/]+/activations/[^/]+\.parquet$")
 _ROUND_MANIFEST = re.compile(r"/rounds/(\d{5,})/manifest\.json$")
+_CHOICE = re.compile(r"/choice-(\d{5,})\.json$")
 
 
 def commit_home(key: str) -> str:
@@ -36,6 +38,17 @@ def stage_home(key: str, stage: str) -> str | None:
     layout = RunLayout(key.partition("/")[0])
     is_known = stage in ("ingest", "model") or _BLOCK_STAGE.fullmatch(stage)
     return layout.stage_prefix(stage) if is_known else None
+
+
+def choice_key(prefix: str, number: int) -> str:
+    """Key of the record of one choice made on the validation split, below `RunLayout.model` or another prefix."""
+    return f"{prefix}/choice-{number:05d}.json"
+
+
+def choice_number(key: str) -> int | None:
+    """Reads the number back from a `choice_key`; None for any other key."""
+    match = _CHOICE.search(key)
+    return int(match.group(1)) if match else None
 
 
 def new_attempt_id() -> str:
@@ -113,6 +126,10 @@ class RunLayout:
     def ingest_shard(self, prefix: str, split: str, shard_idx: int) -> str:
         """Key of one shard of images below an ingest attempt's prefix."""
         return f"{prefix}/{split}-{shard_idx:05d}.parquet"
+
+    def ingest_labels(self, prefix: str) -> str:
+        """Labels of the test split, apart from its images, below an ingest attempt's prefix."""
+        return f"{prefix}/held-out-labels.parquet"
 
     @property
     def blocks(self) -> str:
@@ -202,6 +219,16 @@ class RunLayout:
     def model_card(self) -> str:
         """Model card for people."""
         return f"{self.model}/README.md"
+
+    @property
+    def early_exit_heads(self) -> str:
+        """Weights of the heads before the final model's, where they are kept."""
+        return f"{self.model}/early_exits.safetensors"
+
+    @property
+    def early_exit_json(self) -> str:
+        """Description of these exits and of the operating points to choose from."""
+        return f"{self.model}/early_exits.json"
 
     def stage_prefix(self, stage: str) -> str:
         """Prefix of a stage named "ingest", "plan", "block-000", ... or "model"."""

@@ -339,6 +339,7 @@ class _KnownFacts:
     split_rows: dict[str, int] = field(default_factory=dict)
     num_val: PositiveInt = 1
     val_correct: list[int] = field(default_factory=list)
+    val_hits: list[str] = field(default_factory=list)
     train_s: float = 0.0
     write_s: float = 0.0
 

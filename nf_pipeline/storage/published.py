@@ -38,14 +38,20 @@ class Publication:
         self._key = key
         self._attempt = attempt
         self._lock = threading.Lock()
-        self._shards: dict[int, str] = {}  # as JSON, made once
+        self._shards: dict[str, str] = {}  # as JSON, made once
         self._due_s = 0.0
         self.flush()
 
-    def add(self, shard_idx: int, shard: ShardInfo) -> None:
-        """Notes a finished shard; the record is stored at most twice a second, and less often once it is long."""
+    def add(self, split: str, shard_idx: int, shard: ShardInfo) -> None:
+        """Notes a finished shard; the record is stored at most twice a second, and less often once it is long.
+
+        Args:
+            split: it belongs to.
+            shard_idx: counted from 0 within what this writer stores of the split.
+            shard: its description.
+        """
         with self._lock:
-            self._shards[shard_idx] = json.dumps(asdict(shard))
+            self._shards[_name(split, shard_idx)] = json.dumps(asdict(shard))
             is_due = time.monotonic() > self._due_s
         if is_due:
             self.flush()
@@ -54,7 +60,7 @@ class Publication:
         """Stores the record as it is now."""
         with self._lock:
             began_s = time.monotonic()
-            shards = ", ".join(f'"{shard_idx}": {shard}' for shard_idx, shard in self._shards.items())
+            shards = ", ".join(f"{json.dumps(name)}: {shard}" for name, shard in self._shards.items())
             self._store.put(self._key, f'{{"attempt": {json.dumps(self._attempt)}, "shards": {{{shards}}}}}'.encode())
             ended_s = time.monotonic()
             self._due_s = max(began_s + MIN_UPDATE_S, ended_s + REST_PER_COST * (ended_s - began_s))
@@ -91,7 +97,7 @@ class Announcements:
         self._lock = threading.Lock()
         self._attempt: str | None = None
         self._manifest: StageManifest | None = None
-        self._parts: list[dict[int, ShardInfo]] = [{} for _ in source.publication_keys]
+        self._parts: list[dict[str, ShardInfo]] = [{} for _ in source.publication_keys]
 
     @property
     def manifest(self) -> StageManifest | None:
@@ -136,12 +142,12 @@ class Announcements:
         """
         if self._manifest is not None:
             return self._manifest.shards[split][first_idx + shard_idx]
-        return self._parts[part].get(shard_idx)
+        return self._parts[part].get(_name(split, shard_idx))
 
     def _read_part(self, part: int, key: str) -> None:
         try:
             document = read_fields(_Record, parse_json(self._store.get(key)))
-            shards = {int(idx): read_shard_info(shard) for idx, shard in document.shards.items()}
+            shards = {name: read_shard_info(shard) for name, shard in document.shards.items()}
         except ObjectMissing:
             return
         except ValueError as error:
@@ -226,6 +232,10 @@ class PublishedShards:
     def close(self) -> None:
         """Ends every wait."""
         self._closed.set()
+
+
+def _name(split: str, shard_idx: int) -> str:
+    return f"{split}-{shard_idx}"
 
 
 def shard_sizes(num_rows: int, rows_per_shard: int) -> list[int]:

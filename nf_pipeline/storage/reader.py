@@ -8,6 +8,7 @@ timing. Deliberately knows nothing of torch: a batch is bytes; nor of how shards
 are waited for: that is a `ShardList`'s work. Entry class: `ShardReader`.
 """
 
+import copy
 import sys
 import threading
 import time
@@ -139,18 +140,30 @@ class ShardReader:
         window_shards: int = WINDOW_SHARDS,
         prefetch_threads: int = PREFETCH_THREADS,
     ) -> None:
-        self.wait_s = 0.0
         self._store = store
-        grows = not isinstance(shards, Sequence)
-        self._shards: ShardList = shards if grows else _StoredShards(shards)
-        self._default_timeout_s = None if grows else STORED_TIMEOUT_S
+        self._open(shards)
         self._spec = spec
         self._batch_size = batch_size
         self._part = part
         self._window_shards = window_shards
         self._prefetch_threads = prefetch_threads
         self._memory = _BatchMemory(batch_size, spec.nbytes)
+
+    def _open(self, shards: Sequence[ShardInfo] | ShardList) -> None:
+        self.wait_s = 0.0
+        grows = not isinstance(shards, Sequence)
+        self._shards: ShardList = shards if grows else _StoredShards(shards)
+        self._default_timeout_s = None if grows else STORED_TIMEOUT_S
         self._verified: set[int] = set()  # shards whose checksum was right when they were read first
+
+    def beside(self, shards: Sequence[ShardInfo] | ShardList) -> "ShardReader":
+        """Returns a reader of other shards with the same rows, which makes its batches in the memory of this one's.
+
+        It is enough where no two epochs are read at the same time; otherwise batches get memory of their own.
+        """
+        other = copy.copy(self)
+        other._open(shards)
+        return other
 
     @property
     def num_rows(self) -> int:

@@ -1,35 +1,47 @@
 """The last stage: choose the exit on the validation split, build the final model, look at the test split once.
 
-The choice needs no forward pass: every block counted its heads' correct validation samples. The test split is
-read after the choice and only by the chosen model. Entry: `assemble_model`.
+Everything that the validation split decides is committed as one `Choice` before the labels of the test split are
+read; a stage that died in between goes on with that choice. Entry: `assemble_model`.
 """
 
 import json
 from collections.abc import Generator, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import safetensors.torch
-import torch
+from torch import nn
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core.exit_model import ExitModel
-from nf_pipeline.core.exits import ExitCandidate, choose_exit
+from nf_pipeline.core.exits import choose_exit
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.local_unit import LocalUnit, build_units
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.tensor_file import read_tensors
 from nf_pipeline.core.train_step import resolve_device
 from nf_pipeline.errors import AlreadyExists, ObjectCorrupt
-from nf_pipeline.events import Event, Progress, StageDone, StageStarted
+from nf_pipeline.events import Event, Note, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
-from nf_pipeline.model_files import ModelCard
+from nf_pipeline.model_files import EarlyExitCard, KeptExit, ModelCard
 from nf_pipeline.plans import Plan
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, checksum_of, commit_manifest, read_object, store_object
-from nf_pipeline.storage.reader import ShardReader
+from nf_pipeline.storage.sealed import repair_fix
 from nf_pipeline.storage.store import Store
 from nf_pipeline.worker.checkpoint import unpack_units
+from nf_pipeline.worker.choice import (
+    Choice,
+    CommittedChoice,
+    choice_objects,
+    commit_choice,
+    find_choice,
+    read_test_labels,
+)
+from nf_pipeline.worker.decide import calibrated, exit_costs, list_exits, plan_early_exits
+from nf_pipeline.worker.exit_pass import ExitPass, LadderOfExits, Scores
 from nf_pipeline.worker.model_card import render_model_card
+from nf_pipeline.worker.model_result import describe_result
 from nf_pipeline.worker.progress_clock import ProgressClock
 from nf_pipeline.worker.runtime import cap_device_memory, set_threads
 from nf_pipeline.worker.stage_input import open_run_store, read_block, read_ingest
@@ -42,50 +54,24 @@ def assemble_model(task: AssembleTask) -> Iterator[Event]:
     """Chooses the exit, writes the final model and commits it.
 
     Yields:
-        StageStarted, Progress, and StageDone with `exits`, `chosen_exit`, `chosen_reason`, `val_accuracy`,
-        `test_accuracy`, `params_full`, `params_final` and `params_final_no_head`.
+        StageStarted, Progress, a Note if the test split was looked at before, and StageDone with what
+        `describe_result` returns and the final model's parameters.
 
     Raises:
-        StorageError: a block's manifest or weights are missing or corrupt.
+        Diverged: the chosen exit returns what is no number.
+        StorageError: a block's manifest or weights, or the choice, are missing or corrupt.
     """
     clock = ProgressClock()
     set_threads(task.num_threads)
-    store, layout = open_run_store(task.config)
+    assembly = _Assembly(task, *open_run_store(task.config))
     yield StageStarted(stage=STAGE, attempt=task.attempt, worker=worker_name())
-    blocks = [read_block(store, layout, idx) for idx in range(task.num_blocks)]
-    ingest = read_ingest(store, layout)
-    exits = list_exits(task.plan, [block.facts for block in blocks])
-    chosen = choose_exit(exits, task.config.exits.tolerance, task.config.exits.confidence)
-    units = load_units(store, task.config, task.plan, blocks, chosen.index + 1)
-    model = ExitModel(units, ingest.facts["mean"], ingest.facts["std"]).eval()
-    test_accuracy = None
-    if ingest.shards.get("test"):
-        test_accuracy = yield from _test(store, ingest, model, task)
-    result = _result(task, exits, chosen.index, chosen.reason, model, test_accuracy)
-    _commit(store, layout, task, ingest, blocks, model, result)
+    made = yield from assembly.choose()
+    if made.num_before:
+        text = f"the test split is read again, for choice {made.num_test_reads}: what can be chosen has changed"
+        yield Note(stage=STAGE, level="warning", text=text)
+    scores = yield from assembly.look_at_test(made)
+    result = assembly.commit(made, scores)
     yield StageDone(stage=STAGE, result=result, seconds=clock.seconds)
-
-
-def list_exits(plan: Plan, block_facts: list[dict[str, Any]]) -> list[ExitCandidate]:
-    """Turns what the trained blocks counted into one candidate per unit, shallowest first.
-
-    Parameters and FLOPs are those of the model that ends at the exit, its head included.
-    """
-    correct = [count for facts in block_facts for count in facts["val_correct"]]
-    exits = []
-    for unit, num_correct in zip(plan.units[: len(correct)], correct, strict=True):
-        layers = plan.layers[: unit.stop]
-        exits.append(
-            ExitCandidate(
-                layer_idx=unit.stop - 1,
-                layer=plan.layers[unit.stop - 1].name,
-                val_accuracy=num_correct / block_facts[0]["num_val"],
-                num_val=block_facts[0]["num_val"],
-                params=sum(layer.params for layer in layers) + unit.head_params,
-                flops=sum(layer.flops for layer in layers) + unit.head_flops,
-            )
-        )
-    return exits
 
 
 def load_units(
@@ -114,110 +100,156 @@ def read_weights(store: Store, manifest: StageManifest) -> bytes:
     return read_object(store, manifest.weights)
 
 
-@torch.no_grad()
-def _test(
-    store: Store, ingest: StageManifest, model: ExitModel, task: AssembleTask
-) -> Generator[Progress, None, float]:
-    device = resolve_device(task.config.train.device)
-    cap_device_memory(device, None)
-    model.to(device)
-    # What every block could train with, the final model can run with.
-    batch_size = min(block.batch_size for block in task.plan.blocks[: task.num_blocks])
-    reader = ShardReader(store, ingest.shards["test"], ingest.spec, batch_size=batch_size)
-    clock, correct, done = ProgressClock(), 0, 0
-    for batch in reader.batches(seed=0, epoch=0, shuffle=False):
-        pixels_NCHW = torch.from_numpy(batch.tensors).view(-1, *ingest.spec.shape).to(device)
-        labels_N = torch.from_numpy(batch.labels).to(device)
-        correct += int((model(pixels_NCHW).argmax(dim=1) == labels_N).sum())
-        done += len(batch.labels)
-        if clock.is_due():
-            rate = clock.rate(done)
-            yield Progress(stage=STAGE, phase="validate", done=done, total=reader.num_rows, images_per_s=rate)
-    model.cpu()
-    return correct / reader.num_rows
+class _Assembly:
+    """One attempt at the stage."""
+
+    def __init__(self, task: AssembleTask, store: Store, layout: RunLayout) -> None:
+        self._task = task
+        self._store = store
+        self._layout = layout
+        self._blocks = [read_block(store, layout, idx) for idx in range(task.num_blocks)]
+        self._ingest = read_ingest(store, layout)
+        self._exits = list_exits(task.plan, [block.facts for block in self._blocks])
+        self._checksums = [block.content_checksum for block in self._blocks]
+        self._device = resolve_device(task.config.train.device)
+        self._loaded: tuple[int, LadderOfExits] | None = None
+        cap_device_memory(self._device, None)
+
+    def choose(self) -> Generator[Progress, None, CommittedChoice]:
+        """Decides on the validation split, or finds what an earlier attempt at the same has decided."""
+        fingerprint = assemble_fingerprint(self._task.config, self._checksums)
+        made = find_choice(self._store, self._layout.model, fingerprint)
+        if made is None:
+            choice = yield from self._decide(fingerprint)
+            made = commit_choice(self._store, self._layout.model, choice)
+        if made.choice.chosen_exit >= len(self._exits) or made.choice.calibration is None:
+            got = f"exit {made.choice.chosen_exit} of {len(self._exits)}, calibration {made.choice.calibration}"
+            what = f"{made.key} is damaged: chosen_exit, calibration: got {got}"
+            raise ObjectCorrupt(what, self._store.uri, repair_fix(self._store, made.key))
+        return made
+
+    def look_at_test(self, made: CommittedChoice) -> Generator[Progress, None, Scores | None]:
+        """Runs what was chosen over the test split, whose labels the committed choice opens."""
+        if not self._ingest.shards.get("test"):
+            return None
+        labels = read_test_labels(self._store, self._ingest, self._store, made.key)
+        calibration, plan = made.choice.calibration, made.choice.early_exits
+        temperatures = plan.temperatures if plan is not None else (calibration.temperature,)
+        running = self._pass(self._ladder(made.choice.chosen_exit))
+        return (yield from running.scores("test", labels, temperatures))
+
+    def commit(self, made: CommittedChoice, scores: Scores | None) -> dict[str, Any]:
+        """Writes the model and the manifest that counts; returns the stage's facts."""
+        ladder = self._ladder(made.choice.chosen_exit)
+        costs = exit_costs(self._task.plan, len(self._exits))
+        result = describe_result(self._task, self._exits, costs, made, scores)
+        params = sum(parameter.numel() for parameter in ladder.final.parameters())
+        layers = sum(parameter.numel() for parameter in ladder.final.layers.parameters())
+        result |= {"params_final": params, "params_final_no_head": layers}
+        if self._store.size(self._layout.model_manifest) is not None:
+            # These objects have no attempt in their keys: who is late must not overwrite what the first committed.
+            raise AlreadyExists(f"object {self._layout.model_manifest} exists already", self._store.uri)
+        stored, *others = (store_object(self._store, *file) for file in self._files(ladder, made, result).items())
+        manifest = StageManifest(
+            stage=STAGE,
+            fingerprint=made.choice.fingerprint,
+            input_checksum=self._checksums[-1],
+            attempt=self._task.attempt,
+            weights=stored,
+            objects=(*others, *choice_objects(self._store, self._layout.model)),
+            facts=result,
+        )
+        commit_manifest(self._store, self._layout.model_manifest, manifest)
+        return result
+
+    def _decide(self, fingerprint: str) -> Generator[Progress, None, Choice]:
+        config = self._task.config.exits
+        chosen = choose_exit(self._exits, config.tolerance, config.confidence)
+        logits, labels_N = yield from self._pass(self._ladder(chosen.index)).logits("val")
+        calibration = calibrated(STAGE, logits[-1], labels_N)
+        early_exits = None
+        if config.keep == "all":
+            costs = exit_costs(self._task.plan, chosen.index + 1)
+            early_exits = plan_early_exits(logits, labels_N, costs, calibration.temperature)
+        return Choice(
+            fingerprint=fingerprint,
+            ingest_checksum=self._ingest.content_checksum,
+            chosen_exit=chosen.index,
+            reason=chosen.reason,
+            calibration=calibration,
+            early_exits=early_exits,
+        )
+
+    def _ladder(self, chosen: int) -> LadderOfExits:
+        """Loads the chosen model, and the exits before it where they are kept; once."""
+        if self._loaded is None or self._loaded[0] != chosen:
+            self._loaded = chosen, self._load(chosen)
+        return self._loaded[1]
+
+    def _load(self, chosen: int) -> LadderOfExits:
+        units = load_units(self._store, self._task.config, self._task.plan, self._blocks, chosen + 1)
+        units = [unit.to(self._device).eval() for unit in units]
+        facts = self._ingest.facts
+        final = ExitModel(units, facts["mean"], facts["std"]).to(self._device).eval()
+        if self._task.config.exits.keep == "chosen":
+            return LadderOfExits(final=final)
+        stops = [unit.stop for unit in self._task.plan.units[:chosen]]
+        return LadderOfExits(final=final, heads=[unit.head for unit in units[:-1]], stops=stops)
+
+    def _pass(self, ladder: LadderOfExits) -> ExitPass:
+        # What every block could train with, the final model can run with.
+        batch_size = min(block.batch_size for block in self._task.plan.blocks[: self._task.num_blocks])
+        return ExitPass(self._store, self._ingest, ladder, batch_size=batch_size, device=self._device, stage=STAGE)
+
+    def _files(self, ladder: LadderOfExits, made: CommittedChoice, result: dict[str, Any]) -> dict[str, bytes]:
+        """Returns what the stage stores by key, the weights first."""
+        weights = _saved([("", ladder.final)])
+        card = self._card(result, checksum_of(weights))
+        layout = self._layout
+        files = {
+            layout.model_weights: weights,
+            layout.model_card: render_model_card(card, result, self._ingest.facts).encode(),
+            layout.model_json: json.dumps(card.to_json(), indent=2).encode(),
+        }
+        if made.choice.early_exits is None:
+            return files
+        files[layout.early_exit_heads] = _saved([(f"{idx}.", head) for idx, head in enumerate(ladder.heads)])
+        files[layout.early_exit_json] = json.dumps(asdict(self._early_card(made)), indent=2).encode()
+        return files
+
+    def _early_card(self, made: CommittedChoice) -> EarlyExitCard:
+        units = zip(self._task.plan.units[: made.choice.chosen_exit], self._exits, strict=False)
+        kept = (KeptExit(num_layers=u.stop, head=u.head or self._head_name, layer=one.layer) for u, one in units)
+        return EarlyExitCard(exits=tuple(kept), plan=made.choice.early_exits)
+
+    @property
+    def _head_name(self) -> str:
+        return self._task.config.train.head
+
+    def _card(self, result: dict[str, Any], checksum: str) -> ModelCard:
+        chosen, facts, plan = result["exits"][result["chosen_exit"]], self._ingest.facts, self._task.plan
+        return ModelCard(
+            model=plan.model,
+            image_shape=plan.image_shape,
+            num_classes=plan.num_classes,
+            class_names=tuple(facts["class_names"]),
+            head=plan.units[result["chosen_exit"]].head or self._head_name,
+            num_layers=chosen["layer_idx"] + 1,
+            mean=tuple(facts["mean"]),
+            std=tuple(facts["std"]),
+            exit_layer_idx=chosen["layer_idx"],
+            exit_layer=chosen["layer"],
+            val_accuracy=result["val_accuracy"],
+            test_accuracy=result["test_accuracy"],
+            temperature=result["calibration"]["temperature"],
+            params=result["params_final"],
+            params_full=result["params_full"],
+            memory_budget_bytes=plan.budget_bytes,
+            weights_checksum=checksum,
+        )
 
 
-def _result(
-    task: AssembleTask,
-    exits: list[ExitCandidate],
-    chosen: int,
-    reason: str,
-    model: ExitModel,
-    test_accuracy: float | None,
-) -> dict[str, Any]:
-    confidence = task.config.exits.confidence
-    return {
-        "exits": [
-            {
-                "layer_idx": exit.layer_idx,
-                "layer": exit.layer,
-                "val_accuracy": exit.val_accuracy,
-                "val_interval": list(exit.interval(confidence)),
-                "params": exit.params,
-                "flops": exit.flops,
-            }
-            for exit in exits
-        ],
-        "chosen_exit": chosen,
-        "chosen_reason": reason,
-        "val_accuracy": exits[chosen].val_accuracy,
-        "test_accuracy": test_accuracy,
-        "params_full": task.plan.params_full,
-        "params_final": sum(p.numel() for p in model.parameters()),
-        "params_final_no_head": sum(p.numel() for p in model.layers.parameters()),
-    }
-
-
-def _commit(
-    store: Store,
-    layout: RunLayout,
-    task: AssembleTask,
-    ingest: StageManifest,
-    blocks: list[StageManifest],
-    model: ExitModel,
-    result: dict[str, Any],
-) -> None:
-    weights = safetensors.torch.save({name: t.contiguous() for name, t in model.state_dict().items()})
-    card = _card(task, ingest, result, checksum_of(weights))
-    files = {
-        layout.model_weights: weights,
-        layout.model_card: render_model_card(card, result, ingest.facts).encode(),
-        layout.model_json: json.dumps(card.to_json(), indent=2).encode(),
-    }
-    if store.size(layout.model_manifest) is not None:
-        # These objects have no attempt in their keys: who is late must not overwrite what the first one committed.
-        raise AlreadyExists(f"object {layout.model_manifest} exists already", store.uri)
-    stored, *others = (store_object(store, key, data) for key, data in files.items())
-    checksums = [block.content_checksum for block in blocks]
-    manifest = StageManifest(
-        stage=STAGE,
-        fingerprint=assemble_fingerprint(task.config, checksums),
-        input_checksum=checksums[-1],
-        attempt=task.attempt,
-        weights=stored,
-        objects=tuple(others),
-        facts=result,
-    )
-    commit_manifest(store, layout.model_manifest, manifest)
-
-
-def _card(task: AssembleTask, ingest: StageManifest, result: dict[str, Any], checksum: str) -> ModelCard:
-    chosen = result["exits"][result["chosen_exit"]]
-    return ModelCard(
-        model=task.plan.model,
-        image_shape=task.plan.image_shape,
-        num_classes=task.plan.num_classes,
-        class_names=tuple(ingest.facts["class_names"]),
-        head=task.plan.units[result["chosen_exit"]].head or task.config.train.head,
-        num_layers=chosen["layer_idx"] + 1,
-        mean=tuple(ingest.facts["mean"]),
-        std=tuple(ingest.facts["std"]),
-        exit_layer_idx=chosen["layer_idx"],
-        exit_layer=chosen["layer"],
-        val_accuracy=result["val_accuracy"],
-        test_accuracy=result["test_accuracy"],
-        params=result["params_final"],
-        params_full=result["params_full"],
-        memory_budget_bytes=task.plan.budget_bytes,
-        weights_checksum=checksum,
-    )
+def _saved(modules: list[tuple[str, nn.Module]]) -> bytes:
+    """Returns weights and buffers of modules as safetensors, their names behind a prefix for each."""
+    named = ((prefix, name, tensor) for prefix, module in modules for name, tensor in module.state_dict().items())
+    return safetensors.torch.save({f"{prefix}{name}": tensor.cpu().contiguous() for prefix, name, tensor in named})

@@ -1,34 +1,83 @@
-"""Random changes of stored images, the same for a sample and a view whatever batch it comes in.
+"""Random changes of stored samples, the same for a sample and a view whatever batch it comes in.
 
-Works on uint8 batches in host memory, before they are normalised and moved to the device. Every number is drawn by
-hashing (seed, view, sample id), so that any number of workers and any order of samples gives the same images.
-Entry: `augment_images`.
+Works on batches in host memory, before they are normalised and moved to the device: on uint8 images, or on stored
+activation maps of any type. A map that is flipped or shifted is about what the trained layers would make of a flipped
+or shifted image, not exactly: their filters are not symmetric, and pools and borders do not move along. Entries:
+`augment_images`, `augment_maps`.
 """
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from nf_pipeline.errors import ConfigError
+from nf_pipeline.worker.image_changes import jitter_colors, rand_augment
+from nf_pipeline.worker.sample_bits import hash_samples
+
 MAX_SHIFT_PART = 8
 """Images are shifted by at most an eighth of their size: 4 pixels of 32, as usual for CIFAR."""
 
+_COLOR_KINDS = {"color": jitter_colors, "randaugment": rand_augment}
+
 
 def augment_images(x_NCHW: torch.Tensor, sample_ids: np.ndarray, *, kind: str, seed: int, view: int) -> torch.Tensor:
-    """Flips images left to right and shifts them, the border filled with zeros.
+    """Flips images left to right, shifts them, the border filled with zeros, and changes their colours.
 
     Args:
         x_NCHW: uint8, on the host.
         sample_ids: int64 [N].
-        kind: "flip" or "crop_flip".
+        kind: "flip", "crop_flip" (also shifted), "color" or "randaugment" (also shifted, and then changed by that).
         seed: of the run.
-        view: another view, other changes: the epoch or the round.
+        view: another view, other changes: the epoch, the round or the stored view.
 
     Returns:
         uint8 of the same shape; the input is left as it is.
     """
-    bits_N = _hash(sample_ids, seed, view)
-    if kind == "crop_flip":
+    bits_N = hash_samples(sample_ids, seed, view)
+    if kind != "flip":
         x_NCHW = _shift(x_NCHW, bits_N >> np.uint64(8))
+    x_NCHW = _flip(x_NCHW, bits_N)
+    return _COLOR_KINDS[kind](x_NCHW, bits_N) if kind in _COLOR_KINDS else x_NCHW
+
+
+def check_images(kind: str, image_shape: tuple[int, ...]) -> None:
+    """Refuses images whose colours cannot be changed.
+
+    Args:
+        kind: as `train.augment`.
+        image_shape: (C, H, W).
+
+    Raises:
+        ConfigError: the kind changes colours, and the images are neither grey nor RGB.
+    """
+    if kind in _COLOR_KINDS and image_shape[0] not in (1, 3):
+        what = f"train.augment {kind} wants images of 1 or 3 channels, these are {'x'.join(map(str, image_shape))}"
+        raise ConfigError(what, "--set train.augment=crop_flip")
+
+
+def augment_maps(
+    x_NCHW: torch.Tensor, sample_ids: np.ndarray, *, kind: str, seed: int, epoch: int, block_idx: int
+) -> torch.Tensor:
+    """Flips activation maps left to right and shifts them by whole cells, the border filled with what is next to it.
+
+    Args:
+        x_NCHW: of any type, on the host.
+        sample_ids: int64 [N].
+        kind: "flip", or "flip_shift": also shifted by up to an eighth of a side, rounded down.
+        seed: of the run.
+        epoch: another epoch, other changes.
+        block_idx: the block that reads the maps; another block, other changes.
+
+    Returns:
+        The same type and shape; the input is left as it is.
+    """
+    bits_N = hash_samples(sample_ids, seed, epoch, block_idx)
+    if kind == "flip_shift":
+        x_NCHW = _shift_cells(x_NCHW, bits_N >> np.uint64(8))
+    return _flip(x_NCHW, bits_N)
+
+
+def _flip(x_NCHW: torch.Tensor, bits_N: np.ndarray) -> torch.Tensor:
     flipped_N = torch.from_numpy((bits_N & np.uint64(1)).astype(bool))
     return torch.where(flipped_N[:, None, None, None], x_NCHW.flip(3), x_NCHW)
 
@@ -36,26 +85,26 @@ def augment_images(x_NCHW: torch.Tensor, sample_ids: np.ndarray, *, kind: str, s
 def _shift(x_NCHW: torch.Tensor, bits_N: np.ndarray) -> torch.Tensor:
     height, width = x_NCHW.shape[2:]
     pad_h, pad_w = -(-height // MAX_SHIFT_PART), -(-width // MAX_SHIFT_PART)
-    top_N = torch.from_numpy((bits_N % np.uint64(2 * pad_h + 1)).astype(np.int64))
-    left_N = torch.from_numpy(((bits_N >> np.uint64(20)) % np.uint64(2 * pad_w + 1)).astype(np.int64))
+    top_N, left_N = _offsets(bits_N, 2 * pad_h + 1), _offsets(bits_N >> np.uint64(20), 2 * pad_w + 1)
     padded = functional.pad(x_NCHW, (pad_w, pad_w, pad_h, pad_h))
-    rows_NH = top_N[:, None] + torch.arange(height)
-    columns_NW = left_N[:, None] + torch.arange(width)
+    return _cells(padded, top_N[:, None] + torch.arange(height), left_N[:, None] + torch.arange(width))
+
+
+def _shift_cells(x_NCHW: torch.Tensor, bits_N: np.ndarray) -> torch.Tensor:
+    height, width = x_NCHW.shape[2:]
+    most_h, most_w = height // MAX_SHIFT_PART, width // MAX_SHIFT_PART
+    down_N = _offsets(bits_N, 2 * most_h + 1) - most_h
+    right_N = _offsets(bits_N >> np.uint64(20), 2 * most_w + 1) - most_w
+    rows_NH = (down_N[:, None] + torch.arange(height)).clamp_(0, height - 1)
+    columns_NW = (right_N[:, None] + torch.arange(width)).clamp_(0, width - 1)
+    return _cells(x_NCHW, rows_NH, columns_NW)
+
+
+def _offsets(bits_N: np.ndarray, count: int) -> torch.Tensor:
+    return torch.from_numpy((bits_N % np.uint64(count)).astype(np.int64))
+
+
+def _cells(x_NCHW: torch.Tensor, rows_NH: torch.Tensor, columns_NW: torch.Tensor) -> torch.Tensor:
     n_N = torch.arange(len(x_NCHW))
     # Indices around the channel axis: the result is [N, H, W, C].
-    return padded[n_N[:, None, None], :, rows_NH[:, :, None], columns_NW[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _hash(sample_ids: np.ndarray, seed: int, view: int) -> np.ndarray:
-    """Mixes the numbers into uint64 [N] (splitmix64, https://prng.di.unimi.it/splitmix64.c)."""
-    state = sample_ids.astype(np.uint64)
-    for part in (seed, view):
-        state = _mix(state ^ _mix(np.uint64(part) + np.zeros(1, np.uint64)))
-    return state
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return x_NCHW[n_N[:, None, None], :, rows_NH[:, :, None], columns_NW[:, None, :]].permute(0, 3, 1, 2)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -75,13 +75,15 @@ def commit_block(
     from it.
 
     Returns:
-        The block's entry of summary.json, and `val_correct` and `num_val`.
+        The block's entry of summary.json, and `val_correct` and `num_val`. The manifest alone says which samples
+        these are.
 
     Raises:
         AlreadyExists: another attempt committed first.
         WorkerLost: this attempt's objects are no longer there.
     """
     result = _result(task, record, made.shards)
+    facts = {**result, "val_hits": record.val_hits}
     manifest = StageManifest(
         stage=task.stage,
         fingerprint=block_fingerprint(task.config, task.plan, task.block_idx, task.round_idx, input_checksum),
@@ -90,7 +92,7 @@ def commit_block(
         spec=made.spec,
         shards={split: tuple(infos) for split, infos in made.shards.items()},
         weights=_store_weights(store, layout, task, units) if task.is_last_round else _state(store, record),
-        facts=result if task.is_last_round else {**result, "checkpoint": asdict(record)},
+        facts=facts if task.is_last_round else {**facts, "checkpoint": asdict(replace(record, val_hits=[]))},
     )
     rounds = num_rounds(task.config)
     check_stored(store, manifest)

@@ -2,14 +2,14 @@
 
 Those of the block right before it may still be being written. Between any other source and the block lie trained
 blocks, whose layers run on every batch; what starts from the images sees them changed anew every epoch, as the first
-block does.
+block does. What starts from activations reads the stored views, one an epoch, and may change their maps anew.
 
 The first epoch on fresh activations reads their shards in stored order, so that it can begin with the first of them,
 and shuffles rows within windows of shards. That holds whether or not the shards were already there: timing never
 changes a result. Entry class: `BlockInput`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -20,8 +20,10 @@ from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.parts import Part, part_rows
 from nf_pipeline.storage.published import Announcements, PublishedShards, Source
 from nf_pipeline.storage.reader import ShardReader
-from nf_pipeline.storage.shards import TensorSpec, rows_per_shard
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec, rows_per_shard
 from nf_pipeline.storage.store import Store
+from nf_pipeline.storage.views import ViewReader, view_split
+from nf_pipeline.worker.augment import check_images
 from nf_pipeline.worker.feed import Augmentation, Feed, open_feed
 from nf_pipeline.worker.progress_clock import ProgressClock
 from nf_pipeline.worker.stage_input import read_block, read_ingest
@@ -81,11 +83,13 @@ class BlockInput:
         """Waits for the input's commit, which gives the work its fingerprint.
 
         Raises:
-            InputReplaced: what was read was given up, or its commit did not come in time.
+            InputReplaced: what was read was given up, or neither shards nor the commit came for long.
         """
-        clock = ProgressClock()
+        clock, known, silent_from_s = ProgressClock(), 0, 0.0
         while self.manifest is None:
-            if clock.seconds > COMMIT_TIMEOUT_S:
+            if known != self._announcements.num_known:  # further views are being written
+                known, silent_from_s = self._announcements.num_known, clock.seconds
+            if clock.seconds - silent_from_s > COMMIT_TIMEOUT_S:
                 raise self._announcements.silent(COMMIT_TIMEOUT_S)
             clock.sleep()
             self._announcements.poll()
@@ -93,30 +97,40 @@ class BlockInput:
                 yield Progress(stage=self._task.stage, phase="wait", done=0, total=0)
 
     def open_train(self, batch_size: int, device: torch.device) -> Feed:
-        """Opens this worker's part of the train split, whose shards may still be coming."""
-        if self.manifest is not None:
+        """Opens this worker's part of the train split; what a block stores, view by view, may still be coming."""
+        if self._task.block.source_block < 0:
             return self._open("train", batch_size, device, self._augmentation(None))
-        config, spec = self._task.config, activation_spec(self._task, self._task.block.source_block)
-        rows = part_rows(self._ingest.num_rows("train"), config.train.workers_per_block)
-        size = rows_per_shard(spec, config.storage.shard_bytes)
-        shards = PublishedShards(self._announcements, "train", rows, size)
-        reader = ShardReader(self._store, shards, spec, batch_size=batch_size, part=self._part)
-        return Feed(reader, spec, device, None, frozen=self.frozen)
+        spec, (first, *others) = self._stored_views()
+        reader = ShardReader(self._store, first, spec, batch_size=batch_size, part=self._part)
+        # The first epoch of a round may begin before the round's other views are written.
+        views = ViewReader(reader, others, first_epoch=self._task.epochs[0])
+        return Feed(views, spec, device, None, self._map_augmentation(spec), self.frozen)
 
     def open_val(self, batch_size: int, device: torch.device) -> Feed:
         """Opens this worker's part of the committed validation split."""
         return self._open("val", batch_size, device, None)
 
-    def open_view(self, batch_size: int, device: torch.device) -> Feed:
-        """Opens this worker's part of the committed train split as the caching pass reads it.
+    def open_view(self, batch_size: int, device: torch.device, view: int = 0) -> Feed:
+        """Opens this worker's part of a view of the committed train split, as the caching pass reads it.
 
-        A pipelined run caches new random changes of the images every round; a sequential one, which caches once,
-        the images as they are.
+        A pipelined run caches new random changes of the images every round. A sequential one, which caches once, has
+        the images as they are in its first view, and changes of them in the others.
         """
+        if self._task.block.source_block >= 0:
+            return self._open(view_split(view), batch_size, device, None)
         train = self._task.config.train
-        view = train.epochs + self._task.round_idx  # another one than any epoch's
-        augmentation = self._augmentation(view) if train.mode == "pipelined" else None
-        return self._open("train", batch_size, device, augmentation)
+        changes = train.epochs + self._task.round_idx * train.views + view  # others than any epoch's
+        is_plain = train.mode == "sequential" and view == 0
+        return self._open("train", batch_size, device, None if is_plain else self._augmentation(changes))
+
+    def _stored_views(self) -> tuple[TensorSpec, list[Sequence[ShardInfo] | PublishedShards]]:
+        config, splits = self._task.config, [view_split(view) for view in range(self._task.config.train.views)]
+        if self.manifest is not None:
+            return self.manifest.spec, [self.manifest.shards[split] for split in splits]
+        spec = activation_spec(self._task, self._task.block.source_block)
+        rows = part_rows(self._ingest.num_rows("train"), config.train.workers_per_block)
+        size = rows_per_shard(spec, config.storage.shard_bytes)
+        return spec, [PublishedShards(self._announcements, split, rows, size) for split in splits]
 
     def _open(self, split: str, batch_size: int, device: torch.device, augmentation: Augmentation | None) -> Feed:
         return open_feed(
@@ -132,9 +146,17 @@ class BlockInput:
 
     def _augmentation(self, view: int | None) -> Augmentation | None:
         train = self._task.config.train
-        if train.augment == "none" or self._task.block.source_block >= 0:
+        if train.augment == "none":
             return None
+        check_images(train.augment, self._task.plan.image_shape)
         return Augmentation(kind=train.augment, seed=train.seed, view=view)
+
+    def _map_augmentation(self, spec: TensorSpec) -> Augmentation | None:
+        """Returns the changes of stored maps; vectors have no sides to flip."""
+        train = self._task.config.train
+        if train.feature_augment == "none" or len(spec.shape) != 3:
+            return None
+        return Augmentation(kind=train.feature_augment, seed=train.seed, block_idx=self._task.block_idx)
 
     @property
     def _part(self) -> Part:

@@ -22,6 +22,7 @@ class CheckpointRecord:
         key, checksum: the tensors; empty as long as no epoch is done.
         val_correct: validation samples that each unit of the block classified correctly after that epoch.
         num_val: of so many.
+        val_hits: which they are, see `nf_pipeline.core.hits.hits_to_text`; a round leaves them to its manifest.
         peak_bytes: measured so far.
         train_s, loader_wait_s, write_s: seconds spent so far, over all attempts.
     """
@@ -33,6 +34,7 @@ class CheckpointRecord:
     checksum: str = ""
     val_correct: list[int] = field(default_factory=list)
     num_val: int = 0
+    val_hits: list[str] = field(default_factory=list)
     peak_bytes: int = 0
     train_s: float = 0.0
     loader_wait_s: float = 0.0

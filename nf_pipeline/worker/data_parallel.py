@@ -159,6 +159,22 @@ class Replicas:
             int(total) if isinstance(own, int) else total for own, total in zip(values, sums.tolist(), strict=True)
         ]
 
+    def union(self, sets: Sequence[int], num_bits: int) -> list[int]:
+        """Returns sets of which every member has a part of its own, joined; no bit may be set by two of them.
+
+        Args:
+            sets: bits of integers, below `num_bits`; as many in every member.
+
+        Raises:
+            PeerLost: a member is gone.
+        """
+        if self.is_alone:
+            return list(sets)
+        num_bytes = -(-num_bits // 8)
+        joined = bytes(self.total([byte for one in sets for byte in one.to_bytes(num_bytes, "little")]))
+        starts = range(0, len(joined), num_bytes)
+        return [int.from_bytes(joined[start : start + num_bytes], "little") for start in starts]
+
     def largest(self, value: float) -> float:
         """Returns the largest value of all members, an integer if this one's is.
 

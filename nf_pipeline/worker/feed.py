@@ -27,23 +27,26 @@ from nf_pipeline.storage.parts import WHOLE, Part
 from nf_pipeline.storage.reader import Batch, ShardReader
 from nf_pipeline.storage.shards import TensorSpec
 from nf_pipeline.storage.store import Store
-from nf_pipeline.worker.augment import augment_images
+from nf_pipeline.storage.views import ViewReader
+from nf_pipeline.worker.augment import augment_images, augment_maps
 from nf_pipeline.worker.runtime import compute_alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How images are changed as they are read.
+    """How samples are changed as they are read.
 
     Attributes:
-        kind: "flip" or "crop_flip".
+        kind: as `train.augment`, or for stored activations as `train.feature_augment`.
         seed: of the run.
-        view: fixed for every pass; None changes the images anew each epoch.
+        view: fixed for every pass; None changes the samples anew each epoch.
+        block_idx: the block that reads stored activations; None for images.
     """
 
     kind: str
     seed: int
     view: int | None = None
+    block_idx: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,11 +138,11 @@ class _Maker:
         return numbers_NCHW.mul_(scales)
 
     @staticmethod
-    def _augmented(
-        augmentation: Augmentation, x_NCHW: torch.Tensor, sample_ids: np.ndarray, epoch: int
-    ) -> torch.Tensor:
-        view = epoch if augmentation.view is None else augmentation.view
-        return augment_images(x_NCHW, sample_ids, kind=augmentation.kind, seed=augmentation.seed, view=view)
+    def _augmented(how: Augmentation, x_NCHW: torch.Tensor, sample_ids: np.ndarray, epoch: int) -> torch.Tensor:
+        view = epoch if how.view is None else how.view
+        if how.block_idx is None:
+            return augment_images(x_NCHW, sample_ids, kind=how.kind, seed=how.seed, view=view)
+        return augment_maps(x_NCHW, sample_ids, kind=how.kind, seed=how.seed, epoch=view, block_idx=how.block_idx)
 
 
 class Feed:
@@ -147,7 +150,7 @@ class Feed:
 
     def __init__(
         self,
-        reader: ShardReader,
+        reader: ShardReader | ViewReader,
         spec: TensorSpec,
         device: torch.device,
         normalise: Normalise | None,

@@ -3,10 +3,11 @@
 Losses stay on the device; every few steps they are fetched together, so a GPU is not made to wait each step.
 """
 
-import math
+from collections.abc import Sequence
 
 import torch
 
+from nf_pipeline.core.objectives import CrossEntropy
 from nf_pipeline.errors import Diverged
 
 CHECK_EVERY = 16
@@ -14,12 +15,19 @@ EXPLODED_TIMES_CHANCE = 100.0
 
 
 class LossGuard:
-    """Collects per-unit losses and raises when one is NaN, infinite or far above chance."""
+    """Collects per-unit losses and raises when one is NaN, infinite or far above chance.
 
-    def __init__(self, stage: str, num_classes: int, epoch: int) -> None:
+    Args:
+        stage: for the error.
+        objectives: of the block's units, in order.
+        num_classes: K.
+        epoch: 0-based, for the error.
+    """
+
+    def __init__(self, stage: str, objectives: Sequence[CrossEntropy], num_classes: int, epoch: int) -> None:
         self._stage = stage
         self._epoch = epoch
-        self._limit = EXPLODED_TIMES_CHANCE * math.log(max(2, num_classes))
+        self._limits = [objective.limit(num_classes, EXPLODED_TIMES_CHANCE) for objective in objectives]
         self._pending: list[torch.Tensor] = []
         self._checked: list[list[float]] = []
 
@@ -40,12 +48,12 @@ class LossGuard:
         values = torch.stack(self._pending).tolist()
         self._pending.clear()
         for losses in values:
-            for unit, loss in enumerate(losses):
-                if not loss <= self._limit:
+            for unit, (loss, limit) in enumerate(zip(losses, self._limits, strict=True)):
+                if not loss <= limit:
                     raise Diverged(
                         self._stage,
                         f"loss {loss:g} of unit {unit} in epoch {self._epoch + 1}, step {len(self._checked)} "
-                        f"(limit {self._limit:.0f})",
+                        f"(limit {limit:.0f})",
                         "lower --set train.lr, or raise train.warmup_epochs",
                     )
             self._checked.append(losses)

@@ -9,13 +9,15 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
+from nf_pipeline.core.hits import hits_to_text
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.local_unit import LocalUnit, build_units
 from nf_pipeline.core.memory import measure_peak
+from nf_pipeline.core.mixup import draw_mix
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.train_step import make_optimizer, resolve_device, train_step
 from nf_pipeline.core.user_code import user_code
@@ -24,14 +26,16 @@ from nf_pipeline.events import EpochDone, Event, Progress, StageDone, StageStart
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import ObjectInfo
+from nf_pipeline.storage.parts import Part
 from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 from nf_pipeline.storage.store import Store
+from nf_pipeline.storage.views import view_split
 from nf_pipeline.units import format_bytes
 from nf_pipeline.worker.block_commit import Made, commit_block, merge_parts
 from nf_pipeline.worker.block_input import BlockInput
 from nf_pipeline.worker.checkpoint import CheckpointRecord, restore, save_record, save_tensors
 from nf_pipeline.worker.data_parallel import Replicas
-from nf_pipeline.worker.evaluate import count_correct
+from nf_pipeline.worker.evaluate import find_hits
 from nf_pipeline.worker.feed import Feed
 from nf_pipeline.worker.frozen_prefix import load_prefix
 from nf_pipeline.worker.loss_guard import LossGuard
@@ -144,30 +148,31 @@ class _Attempt:
         # Members of a gang draw different dropout masks, as the samples of one batch do.
         members = [self.task.gang.rank] if self.task.gang.size > 1 else []
         seed_everything(self.train_config.seed, self.task.block_idx, epoch, *members)
-        guard = LossGuard(self.task.stage, self.task.plan.num_classes, epoch)
+        objectives = [unit.objective for unit in self.units]
+        guard = LossGuard(self.task.stage, objectives, self.task.plan.num_classes, epoch)
         yield from self._train_batches(epoch, guard)
         images_per_s = clock.rate(self.train_feed.num_rows * self.task.gang.size)
         yield from self.input.wait_committed()
         # The weights stay as they are while they are validated: what is slow about a checkpoint is done meanwhile.
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as beside:
             saving = beside.submit(self._save_tensors, epoch + 1)
-            correct, num_val = yield from self._validate(epoch)
+            hits, num_val = yield from self._validate(epoch)
         self._check_budget()
         done = EpochDone(
             stage=self.task.stage,
             epoch=epoch + 1,
             num_epochs=self.train_config.epochs,
             losses=guard.mean_losses(),
-            val_accuracies=[count / num_val for count in correct],
+            val_accuracies=[one.bit_count() / num_val for one in hits],
             images_per_s=images_per_s,
             loader_wait_s=self.train_feed.wait_s - waited,
             peak_bytes=self.replicas.largest(self.peak_bytes),
         )
-        self._checkpoint(saving.result(), done, correct, num_val, clock.seconds)
+        self._checkpoint(saving.result(), done, hits, num_val, clock.seconds)
         yield done
 
     def write(self) -> Generator[Event, None, dict[str, list[ShardInfo]]]:
-        """Writes what a later block reads: the activations of train and val; nothing where none does."""
+        """Writes what a later block reads: the activations of train's views and of val; nothing where none does."""
         if not self.task.stores_activations:
             return {}
         clock = ProgressClock()
@@ -176,10 +181,14 @@ class _Attempt:
         self.replicas.barrier()  # every member's record is this attempt's before anybody reads
         yield writer.announce()
         batch_size, shards = self.task.batch_size, {}
-        yield from writer.calibrate(self.input.open_view(batch_size, self.device), self.replicas)
+        views = range(self.train_config.views)
+        opened = (self.input.open_view(batch_size, self.device, view) for view in views)
+        yield from writer.calibrate(opened, self.replicas)
         self.stored_spec = writer.spec
-        shards["train"] = yield from writer.write("train", self.input.open_view(batch_size, self.device))
-        writer.finish_publication()
+        for view in views:
+            feed = self.input.open_view(batch_size, self.device, view)
+            shards[view_split(view)] = yield from writer.write(view_split(view), feed)
+            writer.finish_publication()
         shards["val"] = yield from writer.write("val", self.val_feed)
         yield from writer.clipped()
         self._check_budget()
@@ -192,8 +201,8 @@ class _Attempt:
         shards = merge_parts(self.store, self.layout, self.task, shards, self.replicas)
         if self.task.gang.rank > 0:
             return {}
-        made = Made(spec=self.stored_spec, shards=shards)
-        return commit_block(self.store, self.layout, self.task, self.units, self.record, self.input.checksum, made)
+        made, units = Made(spec=self.stored_spec, shards=shards), [unit.trained() for unit in self.units]
+        return commit_block(self.store, self.layout, self.task, units, self.record, self.input.checksum, made)
 
     def _train_batches(self, epoch: int, guard: LossGuard) -> Iterator[Progress]:
         feed, clock, num_images = self.train_feed, ProgressClock(), 0
@@ -215,6 +224,7 @@ class _Attempt:
                     batch.y_N,
                     self.train_config.precision,
                     reduce=self.replicas.averaging(num_local, num_total),
+                    mix=draw_mix(self.train_config.mixup, num_local, self.device),
                 )
             guard.add(self.replicas.mean_losses(losses, num_local, num_total))
             if step < METERED_STEPS:
@@ -231,14 +241,16 @@ class _Attempt:
         return not self.input.is_fresh or epoch > self.task.epochs[0]
 
     def _validate(self, epoch: int) -> Generator[Progress, None, tuple[list[int], int]]:
-        feed, clock = self.val_feed, ProgressClock()
-        counting = count_correct(self.units, feed, self.train_config.precision, self.meter)
+        """Returns which samples every unit gets right, of the whole split, and how many samples that has."""
+        feed, clock, gang = self.val_feed, ProgressClock(), self.task.gang
+        finding = find_hits(self.units, feed, self.train_config.precision, self.meter)
         while True:
             try:
-                done = next(counting)
+                done = next(finding)
             except StopIteration as finished:
-                *correct, num_val = self.replicas.total([*finished.value, feed.num_rows])
-                return correct, num_val
+                num_val = feed.num_rows_total
+                first = Part(index=gang.rank, count=gang.size).rows(num_val).start
+                return self.replicas.union([one << first for one in finished.value], num_val), num_val
             if clock.is_due():
                 yield self._progress("validate", epoch, done, feed.num_rows, clock.rate(done))
 
@@ -295,20 +307,20 @@ class _Attempt:
     def _save_tensors(self, epoch: int) -> ObjectInfo | None:
         if self.task.gang.rank > 0:
             return None
-        return save_tensors(
-            self.store, self.layout.checkpoint_tensors(self._prefix, epoch), self.units, self.optimizers
-        )
+        key = self.layout.checkpoint_tensors(self._prefix, epoch)
+        return save_tensors(self.store, key, self.units, self.optimizers)
 
     def _checkpoint(
-        self, tensors: ObjectInfo | None, done: EpochDone, correct: list[int], num_val: int, seconds: float
+        self, tensors: ObjectInfo | None, done: EpochDone, hits: list[int], num_val: int, seconds: float
     ) -> None:
         self.record = replace(
             self.record,
             fingerprint=self._fingerprint,
             batch_size=self.task.batch_size,
             epoch=done.epoch,
-            val_correct=correct,
+            val_correct=[one.bit_count() for one in hits],
             num_val=num_val,
+            val_hits=[hits_to_text(one, num_val) for one in hits],
             peak_bytes=done.peak_bytes,
             train_s=self.record.train_s + seconds,
             loader_wait_s=self.record.loader_wait_s + done.loader_wait_s,
@@ -329,17 +341,10 @@ class _Attempt:
 
 
 def units_of(task: BlockTask) -> tuple[list[LocalUnit], list[LocalUnit]]:
-    """Builds the units of the blocks that are run again, and those of the block itself."""
+    """Builds the units of the blocks that are run again, and those of the block itself, which are to train."""
     plan, train = task.plan, task.config.train
     model = build_model(plan.model, image_shape=plan.image_shape, num_classes=plan.num_classes, seed=train.seed)
     first, stop = task.block.units
     begin = first if not task.block.recomputed else plan.blocks[task.block.source_block + 1].units[0]
-    built = build_units(
-        cut(model, plan.image_shape),
-        train.head,
-        plan.spans,
-        plan.num_classes,
-        train.seed,
-        units=range(begin, stop),
-    )
-    return built[: first - begin], built[first - begin :]
+    build = partial(build_units, cut(model, plan.image_shape), train.head, plan.spans, plan.num_classes, train.seed)
+    return build(units=range(begin, first)), build(units=range(first, stop), train=train)

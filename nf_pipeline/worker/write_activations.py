@@ -6,9 +6,10 @@ block: its first outputs are measured before any is written, by all members of a
 """
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ MANY_CLIPPED = 1e-3
 class ActivationWriter:
     """One worker's part of a round's activations.
 
-    The train split is announced shard by shard, so that the next block can begin with the first.
+    The train split's views are announced shard by shard, so that the next block can begin with the first.
     """
 
     def __init__(
@@ -63,13 +64,13 @@ class ActivationWriter:
         """Of what is written; its scales are known once `calibrate` has run."""
         return self._spec
 
-    def calibrate(self, feed: Feed, replicas: Replicas) -> Iterator[Progress]:
-        """Measures which numbers the bytes have to stand for, on the first samples of each worker.
+    def calibrate(self, views: Iterable[Feed], replicas: Replicas) -> Iterator[Progress]:
+        """Measures which numbers the bytes have to stand for, on the first samples of each worker in every view.
 
         The same outputs give the same scales. Other types than uint8 have none: nothing is read then.
 
         Args:
-            feed: this worker's part of the train split, as `write` gets it.
+            views: this worker's part of the train split, as `write` gets it, view by view.
             replicas: all of them agree on the scales.
 
         Raises:
@@ -78,7 +79,13 @@ class ActivationWriter:
         """
         if self._spec.dtype != "uint8":
             return
-        clock, ranges, done = ProgressClock(), ChannelRanges(self._spec.shape[0]), 0
+        ranges = ChannelRanges(self._spec.shape[0])
+        for feed in views:
+            yield from self._measure(feed, ranges)
+        self._spec = replace(self._spec, affine=ranges.fit(replicas))
+
+    def _measure(self, feed: Feed, ranges: "ChannelRanges") -> Iterator[Progress]:
+        clock, done = ProgressClock(), 0
         with closing(feed.batches()) as batches:
             for batch in batches:
                 ranges.add(self._output(batch), self._task.stage)
@@ -87,7 +94,6 @@ class ActivationWriter:
                     break
                 if clock.is_due():
                     yield Progress(stage=self._task.stage, phase="write", done=0, total=feed.num_rows)
-        self._spec = replace(self._spec, affine=ranges.fit(replicas))
 
     def clipped(self) -> Iterator[Note]:
         """Tells how many numbers lay beyond what was measured, where 8 bits are stored."""
@@ -104,7 +110,7 @@ class ActivationWriter:
         return Publishing(stage=self._task.stage, round_idx=self._task.round_idx)
 
     def finish_publication(self) -> None:
-        """Announces every shard of the train split."""
+        """Announces every shard that is written of the train split's views."""
         self._publication.flush()
 
     def write(self, split: str, feed: Feed) -> Generator[Progress, None, list[ShardInfo]]:
@@ -153,7 +159,7 @@ class ActivationWriter:
             lambda idx: self._layout.shard(prefix, split, first + idx),
             self._spec,
             size,
-            on_stored=self._publication.add if split == "train" else None,
+            on_stored=None if split == "val" else partial(self._publication.add, split),
         )
 
     def _first_shard(self, num_rows: int) -> int:

@@ -100,3 +100,5 @@ def test_bytes_read_are_those_of_every_pass_over_a_source():
         {"block_idx": 2, "source_block": 0, "shard_bytes": 0},
     ]
     assert read_bytes(blocks, image_bytes=10, num_epochs=5) == 10 * 6 + 100 * 5 + 100 * 5
+    # Half of what is stored is one of several views: two passes over the images wrote it.
+    assert read_bytes(blocks, image_bytes=10, num_epochs=5, view_share=0.5) == 10 * 5 + 20 + 50 * 5 + 50 * 5

@@ -25,15 +25,20 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "--max-train-images": ("1000", 1000),
     "--on-bad-image": ("skip", "skip"),
     "--epochs": ("3", 3),
+    "--views": ("2", 2),
     "--mode": ("pipelined", "pipelined"),
     "--workers-per-block": ("2", 2),
     "--seed": ("17", 17),
     "--device": ("cpu", "cpu"),
     "--keep": ("activations=last", "last"),
     "--stop": ("patience=3", 3),
+    "--exits": ("all", "all"),
     "--cache": ("recompute", "recompute"),
     "--local": ("layer", "layer"),
 }
+
+# What else must be set for a flag to make sense.
+NEEDED = {"--views": ("--set", "train.augment=flip")}
 
 
 def parse(*arguments: str) -> RunConfig:
@@ -77,10 +82,10 @@ def test_flags_set_distinct_known_fields() -> None:
 @pytest.mark.parametrize("flag", CONFIG_FLAGS, ids=lambda flag: flag.name)
 def test_flag_reaches_its_field_and_no_other(flag: ConfigFlag) -> None:
     text, wanted = SAMPLES[flag.name]
-    budget = () if flag.name == "--memory-budget" else ("--memory-budget", "1GiB")
-    config = parse(*budget, flag.name, text)
+    budget, needed = ("--memory-budget", "1GiB"), NEEDED.get(flag.name, ())
+    config = parse(*(() if flag.name == "--memory-budget" else budget), *needed, flag.name, text)
     assert field_of(config, flag.field) == wanted
-    plain = parse("--memory-budget", "1GiB")
+    plain = parse(*budget, *needed)
     changed = {name for name in field_names() if field_of(config, name) != field_of(plain, name)}
     assert changed == {flag.field}
 

@@ -144,7 +144,11 @@ def summary_document(**changes: Any) -> dict[str, Any]:
         "chosen_exit": 1,
         "chosen_reason": "0.1 points below the best, which is within the tolerance of 0.5",
         "val_accuracy": 0.613,
+        "val_accuracy_corrected": 0.611,
+        "val_interval_corrected": [0.59, 0.63],
+        "calibration": {"temperature": 1.25, "ece_before": 0.08, "ece_after": 0.02},
         "test_accuracy": 0.605,
+        "test_reads": 1,
         "params_full": 1_000_000,
         "params_final": 250_000,
         "wall_s": 80.0,
@@ -162,6 +166,19 @@ def test_summary_text_marks_the_chosen_exit_and_says_why() -> None:
     ]
     assert "chosen: exit 1 (features.5), 0.1 points below the best, which is within the tolerance of 0.5" in lines
     assert "validation 61.3 %, test 60.5 %, 250.0 k of 1.00 M parameters (4.0x smaller), 1m in all" in lines
+
+
+def test_summary_text_says_what_the_choice_is_worth_and_how_often_the_test_split_was_read() -> None:
+    text = summary_text(summary_document(), "u")
+    corrected = "corrected for the choice: validation 61.1 % (59.0-63.0 %)"
+    assert f"{corrected}; calibration error 8.0 % before and 2.0 % after temperature 1.25" in text
+    assert "was read" not in text
+    assert "the test split was read 2 times" in summary_text(summary_document(test_reads=2), "u")
+
+
+def test_prediction_text_says_where_images_left() -> None:
+    written = {"rows": 1200, "num_skipped": 0, "output": "a.parquet", "rows_by_exit": {"conv1": 1000, "conv3": 200}}
+    assert prediction_text(written) == "1,200 predictions in a.parquet\nleft: 1,000 at conv1, 200 at conv3"
 
 
 def test_summary_text_shows_measured_peak_against_budget() -> None:

@@ -17,6 +17,7 @@ def make_job(blocks: list[tuple[float, float, int]], **changes: object) -> Cache
         "blocks": tuple(BlockCost(train_s=t, forward_s=f, stored_bytes=n) for t, f, n in blocks),
         "image_bytes": 100,
         "rows": 10,
+        "stored_rows": 10,
         "epochs": 4,
         "rates": StoreRates(read_bytes_per_s=1000.0, write_bytes_per_s=500.0),
         "shares_cores": False,
@@ -47,6 +48,15 @@ def test_training_from_an_earlier_source_adds_the_layers_between_to_every_step()
 
 def test_storing_costs_one_pass_and_the_writing() -> None:
     assert make_job(TWO).store_s(0, -1) == pytest.approx(10 * (1.0 + 8.0))
+
+
+def test_storing_takes_every_view_and_an_epoch_reads_one() -> None:
+    four_views = make_job(TWO, stored_rows=31)  # 7 samples to train on, 3 to validate
+    assert four_views.store_s(0, -1) == pytest.approx(31 * (1.0 + 8.0))
+    assert four_views.train_s(1, 0) == make_job(TWO).train_s(1, 0)
+    fast = {"rates": StoreRates(read_bytes_per_s=1e6, write_bytes_per_s=2000.0), "epochs": 10}
+    assert choose_sources(make_job(TWO, **fast), fits_all) == (-1, 0)
+    assert choose_sources(make_job(TWO, stored_rows=61, **fast), fits_all) == (-1, -1)
 
 
 def test_reading_takes_cores_from_training_only_where_they_are_the_same() -> None:

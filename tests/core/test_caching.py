@@ -167,6 +167,19 @@ def test_block_with_room_for_all_layers_before_it_starts_from_the_images() -> No
     assert all(block.reason.endswith("input computed again from the images") for block in settled.blocks[1:])
 
 
+def test_views_are_priced_in_bytes_and_seconds_and_named_in_the_plan() -> None:
+    views = {}
+    for num_views in (1, 4):
+        job = job_for("6MiB", "shards", augment="flip", views=num_views)
+        views[num_views] = with_sources(job, draft_of(job), times_of(job), FAST)
+    one, four = (views[num_views].blocks[0] for num_views in (1, 4))
+    rows = sum(ROWS.values())
+    assert four.shard_bytes * rows == one.shard_bytes * (4 * ROWS["train"] + ROWS["val"])
+    assert "stores 4 views of the train split" in four.reason and "views" not in one.reason
+    assert four.predicted_s > one.predicted_s
+    assert views[4].blocks[-1].predicted_s == views[1].blocks[-1].predicted_s, "it stores nothing and reads as much"
+
+
 def _one_block_per_unit(job: PlanJob, draft: Draft) -> tuple:
     (whole,) = draft.blocks
     return tuple(

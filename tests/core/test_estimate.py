@@ -49,11 +49,21 @@ def job_of(name: str, **train: object) -> PlanJob:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"),
-    [("convnet", "fp32"), ("convnet", "bf16"), ("resnet18", "fp32"), ("resnet18", "bf16"), ("mobilenet_v2", "fp32")],
+    ("name", "train"),
+    [
+        ("convnet", {}),
+        ("convnet", {"precision": "bf16"}),
+        ("convnet", {"loss": "predsim"}),
+        ("convnet", {"loss": "predsim", "precision": "bf16", "mixup": 0.2, "head": "linear"}),
+        ("convnet", {"head": "auglocal", "label_smoothing": 0.1, "mixup": 0.2}),
+        ("resnet18", {}),
+        ("resnet18", {"precision": "bf16"}),
+        ("resnet18", {"loss": "predsim", "head": "auglocal"}),
+        ("mobilenet_v2", {}),
+    ],
 )
-def test_estimates_are_near_whole_steps_and_seldom_below(name: str, precision: str) -> None:
-    job = job_of(name, precision=precision)
+def test_estimates_are_near_whole_steps_and_seldom_below(name: str, train: dict[str, object]) -> None:
+    job = job_of(name, **train)
     last = job.num_layers
     spans = [
         *(UnitSpan(start, start + 1) for start in range(0, last, 4)),

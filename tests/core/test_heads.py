@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nf_pipeline.core.heads import HEADS, build_head
+from nf_pipeline.core.heads import HEADS, HeadSite, build_head, head_site
 from nf_pipeline.errors import ConfigError
 
 SHAPES = [(1, 8, 8), (64, 32, 32), (16, 7, 5), (512, 2, 2), (2048, 1, 1), (3, 1, 9)]
@@ -19,8 +19,8 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def head_of(name, shape=(16, 8, 8), num_classes=10, seed=0):
-    return build_head(name, shape, num_classes, seed)
+def head_of(name, shape=(16, 8, 8), num_classes=10, seed=0, downstream=(24, 32)):
+    return build_head(name, HeadSite(in_shape=shape, num_outputs=num_classes, downstream=downstream), seed)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -81,4 +81,47 @@ def test_unknown_head_lists_near_names():
 
 def test_head_on_a_vector_is_an_error():
     with pytest.raises(ConfigError, match=r"\(512,\) per sample, want \(C, H, W\)"):
-        head_of("adaptive", (512,))
+        head_site([(16, 8, 8), (512,), (10,)], 1, 10)
+
+
+def test_site_says_what_lies_before_and_after():
+    shapes = [(16, 8, 8), (16, 8, 8), (32, 4, 4), (64, 2, 2), (64,)]
+    site = head_site(shapes, 1, 7)
+    assert (site.in_shape, site.num_outputs, site.num_upstream, site.downstream) == ((16, 8, 8), 7, 2, (32, 64))
+
+
+def convolutions(head):
+    return [part for part in head if isinstance(part, nn.Conv2d)]
+
+
+VGG = [*[(16, 32, 32)] * 2, *[(32, 16, 16)] * 2, *[(64, 8, 8)] * 3, *[(128, 4, 4)] * 3, *[(128, 2, 2)] * 3]
+
+
+def test_auglocal_head_has_fewer_layers_the_deeper_it_stands():
+    depths = []
+    for layer_idx in range(len(VGG) - 1):
+        head = build_head("auglocal", head_site(VGG, layer_idx, 10), 0)
+        depths.append(len(convolutions(head)))
+    assert depths == sorted(depths, reverse=True)
+    assert (depths[0], depths[-1], set(depths)) == (5, 1, {1, 2, 3, 4, 5})
+
+
+def test_auglocal_head_takes_widths_evenly_from_the_layers_that_follow_and_halves_maps():
+    head = build_head("auglocal", head_site(VGG, 0, 10), 0)
+    assert [part.out_channels for part in convolutions(head)] == [32, 64, 128, 128, 128]
+    sizes = []
+    for part in convolutions(head):
+        part.register_forward_hook(lambda module, args, out: sizes.append(tuple(out.shape[2:])))
+    head.eval()(torch.randn(1, *VGG[0]))
+    assert sizes == [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
+    assert head.linear.in_features == 128
+
+
+@pytest.mark.parametrize(("shape", "strides"), [((8, 1, 1), [(1, 1)] * 2), ((8, 1, 9), [(1, 2)] * 2)])
+def test_auglocal_head_keeps_what_cannot_be_halved(shape, strides):
+    assert [part.stride for part in convolutions(head_of("auglocal", shape))] == strides
+
+
+def test_auglocal_head_before_layers_without_maps_has_one_layer_of_its_own_width():
+    head = head_of("auglocal", (24, 4, 4), downstream=())
+    assert [part.out_channels for part in convolutions(head)] == [24]

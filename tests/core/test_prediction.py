@@ -7,29 +7,25 @@ from torch import nn
 from nf_pipeline.config import RunConfig, TrainConfig
 from nf_pipeline.core import timing
 from nf_pipeline.core.prediction import TimeModel
-from nf_pipeline.core.timing import Part, Seconds, StepTimer
+from nf_pipeline.core.timing import Part, PartKey, Seconds, StepTimer
 from nf_pipeline.plans import UnitSpan
 
 CPU = torch.device("cpu")
+KEY = PartKey("layer", 0)
 
 
 class Table:
-    """Layers take 1, 2, 3, ... seconds a step, heads 100, narrow ones 10; forward a tenth; whatever the batch."""
+    """Layers take 1, 2, 3, ... seconds a step, heads 100, narrow ones 10, losses 5; forward a tenth, at any batch."""
 
-    def __init__(self, num_layers: int) -> None:
-        self.num_layers = num_layers
-
-    def seconds(self, part_idx: int, batch_size: int) -> Seconds:
-        if part_idx >= 2 * self.num_layers:
-            return Seconds(step=10.0, forward=1.0)
-        if part_idx >= self.num_layers:
-            return Seconds(step=100.0, forward=10.0)
-        return Seconds(step=part_idx + 1.0, forward=(part_idx + 1.0) / 10)
+    def seconds(self, key: PartKey, batch_size: int) -> Seconds:
+        heads = {"": 100.0, "linear": 10.0}
+        step = {"layer": key.layer + 1.0, "head": heads[key.head], "loss": 5.0}[key.kind]
+        return Seconds(step=step, forward=step / 10)
 
 
 def times(**train: object) -> TimeModel:
     cfg = RunConfig.model_validate({"memory": {"budget_bytes": 1}, "train": {"epochs": 2, **train}})
-    return TimeModel(cfg, Table(4), 4, {"train": 40, "val": 20})
+    return TimeModel(cfg, Table(), 4, {"train": 40, "val": 20})
 
 
 def test_step_of_a_unit_is_its_layers_and_its_head() -> None:
@@ -56,49 +52,56 @@ def test_narrow_head_has_a_time_of_its_own() -> None:
     assert (wide, narrow) == (102.0, 12.0)
 
 
+def test_loss_takes_time_in_training_only_and_none_on_the_last_unit() -> None:
+    matching = times(loss="predsim")
+    assert matching.step_s(UnitSpan(1, 2), 10) == pytest.approx(2 + 100 + 5)
+    assert matching.step_s(UnitSpan(2, 4), 10) == pytest.approx(3 + 4 + 100)
+    assert matching.forward_s(UnitSpan(1, 2), 10, with_head=True) == pytest.approx(0.2 + 10)
+
+
 def timer_of(largest_batch: int = 128, module: nn.Module | None = None) -> StepTimer:
     part = Part(module=module or nn.Conv2d(3, 8, 3), in_shape=(3, 16, 16), largest_batch=largest_batch)
     return StepTimer(lambda _: part, 1, train=TrainConfig(), device=CPU)
 
 
 def test_measured_seconds_are_positive_and_training_takes_longer_than_inference() -> None:
-    seconds = timer_of(module=nn.Conv2d(3, 64, 3)).seconds(0, 32)
+    seconds = timer_of(module=nn.Conv2d(3, 64, 3)).seconds(KEY, 32)
     assert 0 < seconds.forward < seconds.step < 10
 
 
 def test_between_two_sizes_seconds_lie_on_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = timer_of()
     monkeypatch.setattr(timer, "_time", lambda _, size: Seconds(step=(8 + size) / 1e3, forward=size / 1e3))
-    assert timer.seconds(0, 20).step == pytest.approx(0.028)
-    assert timer.seconds(0, 20).forward == pytest.approx(0.020)
-    assert timer.seconds(0, 8).step == pytest.approx(0.016)
-    assert timer.seconds(0, 256).step == pytest.approx(0.272)  # as fast per sample as at 128
+    assert timer.seconds(KEY, 20).step == pytest.approx(0.028)
+    assert timer.seconds(KEY, 20).forward == pytest.approx(0.020)
+    assert timer.seconds(KEY, 8).step == pytest.approx(0.016)
+    assert timer.seconds(KEY, 256).step == pytest.approx(0.272)  # as fast per sample as at 128
 
 
 def test_nothing_larger_than_memory_allows_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     timer, sizes = timer_of(largest_batch=8), []
     monkeypatch.setattr(timer, "_time", lambda _, size: sizes.append(size) or Seconds(step=1e-3, forward=0.0))
-    timer.seconds(0, 128)
+    timer.seconds(KEY, 128)
     assert sizes == [2, 8]
 
 
 def test_nothing_that_would_take_long_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     timer, sizes = timer_of(), []
     monkeypatch.setattr(timer, "_time", lambda _, size: sizes.append(size) or Seconds(step=size / 20, forward=0.0))
-    timer.seconds(0, 128)
+    timer.seconds(KEY, 128)
     assert sizes == [2, 8]  # 32 samples would take 1.6 s
 
 
 def test_weights_that_are_timed_stay_as_they_are() -> None:
     module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    timer_of(module=module).seconds(0, 8)
+    timer_of(module=module).seconds(KEY, 8)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
 @pytest.mark.parametrize("module", [nn.ReLU(inplace=True), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1))])
 def test_layer_that_begins_in_place_or_has_no_weights_is_timed(module: nn.Module) -> None:
-    assert timer_of(module=module).seconds(0, 2).step > 0
+    assert timer_of(module=module).seconds(KEY, 2).step > 0
 
 
 def test_grid_is_ascending() -> None:

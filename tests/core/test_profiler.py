@@ -18,6 +18,7 @@ from nf_pipeline.core.layers import cut
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import LocalUnit, build_units, even_spans
 from nf_pipeline.core.memory import LiveBytes
+from nf_pipeline.core.mixup import draw_mix
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.profiler import (
     Shape,
@@ -53,14 +54,16 @@ class Network:
     in_shapes: list[Shape]
 
 
-def make_network(name: str, unit_layers: int, image_size: int = 32, segment_layers: int = 0) -> Network:
+def make_network(
+    name: str, unit_layers: int, image_size: int = 32, segment_layers: int = 0, train: TrainConfig | None = None
+) -> Network:
     image_shape = (3, image_size, image_size)
     model = build_model(name, image_shape=image_shape, num_classes=NUM_CLASSES, seed=0)
     cut_model = cut(model, image_shape)
     spans = even_spans(len(cut_model.layers), unit_layers, segment_layers)
     starts: list[Shape] = [image_shape, *cut_model.out_shapes]
     return Network(
-        units=build_units(cut_model, "adaptive", spans, NUM_CLASSES, 0),
+        units=build_units(cut_model, "adaptive", spans, NUM_CLASSES, 0, train=train),
         spans=spans,
         in_shapes=[starts[span.start] for span in spans],
     )
@@ -100,8 +103,9 @@ def measure(units: Sequence[LocalUnit], in_shape: Shape, batch_size: int, cfg: T
     with meter:
         for _ in range(2):
             y_N = torch.zeros(batch_size, dtype=torch.int64)
-            train_step(units, optimizers, laid_out(torch.randn(batch_size, *in_shape)), y_N, cfg.precision)
-            del y_N
+            mix = draw_mix(cfg.mixup, batch_size, CPU)
+            train_step(units, optimizers, laid_out(torch.randn(batch_size, *in_shape)), y_N, cfg.precision, mix=mix)
+            del y_N, mix
         train_peak, resident = meter.peak_bytes, meter.current_bytes
         meter.reset_peak()
         for unit in units:
@@ -134,6 +138,25 @@ def test_predicted_peaks_equal_those_of_real_training(
         measured = measure(units, in_shape, batch_size, cfg)
         assert predicted == pytest.approx(measured.train_peak, rel=0.001), block
         assert measured.eval_peak <= measured.train_peak, block
+
+
+@pytest.mark.parametrize(
+    ("unit_layers", "train"),
+    [
+        (1, {"loss": "predsim"}),
+        (3, {"loss": "predsim", "precision": "bf16", "mixup": 0.2}),
+        (2, {"mixup": 0.2, "label_smoothing": 0.1}),
+    ],
+)
+def test_predicted_peaks_equal_those_of_real_training_whatever_the_loss(
+    unit_layers: int, train: dict[str, object]
+) -> None:
+    cfg = TrainConfig.model_validate(train)
+    network = make_network("convnet", unit_layers, 32, train=cfg)
+    for block in [slice(0, 1), slice(1, 2), slice(0, None)]:
+        units, in_shape = network.units[block], network.in_shapes[block.start]
+        predicted, measured = predict_peak(units, in_shape, 24, cfg), measure(units, in_shape, 24, cfg)
+        assert predicted == pytest.approx(measured.train_peak, rel=0.001), block
 
 
 def memtracker_peak(units: Sequence[LocalUnit], in_shape: Shape, batch_size: int, cfg: TrainConfig) -> int:
@@ -209,10 +232,12 @@ def test_steps_that_run_out_of_memory_count_as_more_than_the_device_has(
     monkeypatch: pytest.MonkeyPatch, largest: int
 ) -> None:
     # No step on a CPU raises this error; the GPU's own is tested where there is one.
-    def limited_step(units: object, optimizers: object, x_NCHW: torch.Tensor, *rest: object) -> list[torch.Tensor]:
+    def limited_step(
+        units: object, optimizers: object, x_NCHW: torch.Tensor, *rest: object, **options: object
+    ) -> list[torch.Tensor]:
         if len(x_NCHW) > largest:
             raise torch.OutOfMemoryError
-        return train_step(units, optimizers, x_NCHW, *rest)
+        return train_step(units, optimizers, x_NCHW, *rest, **options)
 
     monkeypatch.setattr(profiler, "train_step", limited_step)
     monkeypatch.setattr(profiler, "total_bytes", lambda _: 10**9)

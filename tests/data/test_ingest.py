@@ -6,12 +6,13 @@ import pytest
 from cifar10 import require_cifar10
 from image_sets import encode, images, make_config, pixels_of, write_parquet
 
+from nf_pipeline.data.held_out import UNKNOWN, decode_labels
 from nf_pipeline.data.ingest import ingest, ingest_fingerprint
 from nf_pipeline.data.sources import open_source
 from nf_pipeline.errors import AlreadyExists, DataError
 from nf_pipeline.events import Note, Progress, StageDone, StageStarted
 from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import read_manifest, verify_manifest
+from nf_pipeline.storage.manifest import read_manifest, read_object, verify_manifest
 from nf_pipeline.storage.shards import read_shard
 from nf_pipeline.storage.store import open_store
 
@@ -28,6 +29,10 @@ def rows_of(store, manifest, split):
     shards = [read_shard(store, info, manifest.spec) for info in manifest.shards[split]]
     fields = ("tensors", "labels", "sample_ids")
     return tuple(np.concatenate([getattr(shard, field) for shard in shards]) for field in fields)
+
+
+def held_out_labels_of(store, manifest, ids):
+    return decode_labels(read_object(store, manifest.objects[0])).of(ids)
 
 
 def write_labelled(folder, num=100, num_classes=5, **options):
@@ -54,8 +59,18 @@ def test_every_row_keeps_its_own_label_and_pixels(tmp_path):
 
     for split in ("train", "val", "test"):
         tensors, labels, ids = rows_of(store, manifest, split)
+        if split == "test":
+            labels = held_out_labels_of(store, manifest, ids)
         np.testing.assert_array_equal(labels, ids % 5)
         np.testing.assert_array_equal(tensors, np.repeat(ids.astype(np.uint8)[:, None], 36, axis=1))
+
+
+def test_shards_of_the_test_split_hold_no_label_and_those_of_others_hold_theirs(tmp_path):
+    store, _, manifest = run_ingest(tmp_path, make_config("digits"))
+
+    assert set(rows_of(store, manifest, "test")[1]) == {UNKNOWN}
+    for split in ("train", "val"):
+        assert set(rows_of(store, manifest, split)[1]) == set(range(10))
 
 
 def test_mean_and_std_are_those_of_the_stored_train_split(tmp_path):

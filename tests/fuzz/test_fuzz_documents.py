@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 from cases import documented, fuzz
 from documents import RUN, SmallRun, make_run, sample_manifest, small_plan
@@ -11,17 +12,23 @@ from hypothesis import strategies as st
 from junk import as_json, damaged, odd_json, spoiled
 
 from nf_pipeline.cli import main
+from nf_pipeline.core.calibration import Calibration
+from nf_pipeline.core.early_exit_model import EarlyExitPlan
+from nf_pipeline.core.early_exits import OperatingPoint
+from nf_pipeline.data.held_out import HeldOutLabels, decode_labels
 from nf_pipeline.documents import parse_json
 from nf_pipeline.driver.run_record import load_plan, load_run, plan_of
 from nf_pipeline.driver.status import read_plan, read_status
 from nf_pipeline.errors import ConfigError, NFError, ObjectCorrupt, StorageError
+from nf_pipeline.model_files import EarlyExitCard, KeptExit, ModelCard, read_early_exits
 from nf_pipeline.plans import Plan
-from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.manifest import StageManifest, read_manifest, verify_manifest
+from nf_pipeline.storage.layout import RunLayout, choice_key
+from nf_pipeline.storage.manifest import StageManifest, read_manifest, store_object, verify_manifest
 from nf_pipeline.storage.published import Announcements, Source
 from nf_pipeline.storage.sealed import seal, unseal
 from nf_pipeline.storage.store import check_key, open_store
 from nf_pipeline.worker.checkpoint_record import CheckpointRecord, read_record
+from nf_pipeline.worker.choice import Choice, CommittedChoice, find_choice
 
 PLAN = json.loads(json.dumps(small_plan().to_json()))
 MANIFEST = sample_manifest()
@@ -32,6 +39,48 @@ CHECKPOINT = asdict(
         fingerprint="f", batch_size=4, epoch=1, key="small/blocks/000/attempt-b/c", checksum="s", val_correct=[1]
     )
 )
+POINT = OperatingPoint(exits=(0,), threshold=0.5, val_accuracy=0.75, val_flops=12.5)
+EXIT_PLAN = EarlyExitPlan(temperatures=(2.0, 1.25), points=(POINT,), val_accuracy=0.75)
+CHOICE = asdict(
+    Choice(
+        fingerprint="f",
+        ingest_checksum="c",
+        chosen_exit=1,
+        reason="the best",
+        calibration=Calibration(
+            temperature=1.25,
+            ece_before=0.1,
+            ece_after=0.05,
+            cross_entropy_before=0.5,
+            cross_entropy_after=0.25,
+            num_samples=8,
+        ),
+        early_exits=EXIT_PLAN,
+    )
+)
+KEPT = KeptExit(num_layers=1, layer="conv0", head="adaptive")
+EARLY_EXITS = asdict(EarlyExitCard(exits=(KEPT,), plan=EXIT_PLAN))
+MODEL_CARD = ModelCard(
+    model="convnet",
+    image_shape=(1, 8, 8),
+    num_classes=2,
+    class_names=("a", "b"),
+    head="adaptive",
+    num_layers=2,
+    mean=(0.5,),
+    std=(0.25,),
+    exit_layer_idx=1,
+    exit_layer="conv1",
+    val_accuracy=0.5,
+    test_accuracy=None,
+    temperature=1.25,
+    params=10,
+    params_full=20,
+    memory_budget_bytes=1000,
+    weights_checksum="sha256:0",
+)
+HELD_OUT = HeldOutLabels()
+HELD_OUT.hold_back(np.arange(5), np.arange(5))
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +219,41 @@ def test_fuzz_status_of_a_run_with_a_wrong_plan_is_shown_or_refused(data: st.Dat
     assert main(["gc", run.uri, "--dry-run"]) in (0, 2, 4)
     run.write("plan.json", sealed(run.plan))
     assert isinstance(documented(lambda: load_plan(open_store(str(run.folder)), RunLayout(RUN))), Plan | NFError)
+
+
+@fuzz("documents: choice.json", quick=200, thorough=6_000, document=st.one_of(spoiled(CHOICE), odd_json))
+def test_fuzz_choice_with_a_wrong_field_is_read_or_refused(document: Any, run: SmallRun) -> None:
+    store, layout = open_store(str(run.folder)), RunLayout(RUN)
+    key = choice_key(layout.model, 0)
+    run.folder.joinpath(key).parent.mkdir(parents=True, exist_ok=True)
+    run.folder.joinpath(key).write_bytes(sealed(document))
+    outcome = documented(lambda: find_choice(store, layout.model, "f"))
+    assert outcome is None or isinstance(outcome, CommittedChoice | ObjectCorrupt)
+    if isinstance(outcome, CommittedChoice):
+        assert outcome.choice.chosen_exit >= 0 and outcome.num_test_reads >= 1
+    run.folder.joinpath(key).unlink()
+
+
+@fuzz("documents: early_exits.json", quick=200, thorough=6_000, document=st.one_of(spoiled(EARLY_EXITS), odd_json))
+def test_fuzz_early_exits_with_a_wrong_field_are_read_or_refused(document: Any, run: SmallRun) -> None:
+    store, layout = open_store(str(run.folder)), RunLayout(RUN)
+    stored = store_object(store, layout.early_exit_json, as_json(document))
+    manifest = StageManifest(stage="model", fingerprint="f", attempt="a", objects=(stored,))
+    outcome = documented(lambda: read_early_exits(store, layout, manifest, MODEL_CARD))
+    assert isinstance(outcome, EarlyExitCard | ObjectCorrupt)
+    if isinstance(outcome, EarlyExitCard):
+        assert len(outcome.plan.temperatures) == len(outcome.exits) + 1
+        assert outcome.plan.default in outcome.plan.points
+
+
+@fuzz(
+    "data: held-out labels",
+    quick=200,
+    thorough=10_000,
+    data=st.one_of(damaged(HELD_OUT.encode()), st.binary(max_size=80)),
+)
+def test_fuzz_held_out_labels_with_damage_are_read_or_a_value_error(data: bytes) -> None:
+    try:
+        assert isinstance(decode_labels(data), HeldOutLabels)
+    except ValueError as error:
+        assert str(error)

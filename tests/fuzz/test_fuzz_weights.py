@@ -19,7 +19,7 @@ CARD: dict[str, Any] = {
     "model": "convnet", "image_shape": [1, 8, 8], "num_classes": 2, "class_names": ["a", "b"], "head": "adaptive",
     "num_layers": 2, "mean": [0.5], "std": [0.25], "exit_layer_idx": 1, "exit_layer": "conv1",
     "val_accuracy": 0.5, "test_accuracy": None, "params": 10, "params_full": 20, "memory_budget_bytes": 1000,
-    "weights_checksum": "sha256:0", "format_version": 2,
+    "weights_checksum": "sha256:0", "temperature": 1.5, "format_version": 3,
 }  # fmt: skip
 GOOD_WEIGHTS = safetensors.torch.save({"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.int64)})
 

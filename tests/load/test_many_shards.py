@@ -87,7 +87,7 @@ def test_record_of_many_shards_is_written_less_often_and_read_whole(
     store = CountingStore(open_store(str(tmp_path)))
     publication = Publication(store, "run/0.json", "a")
     for idx in range(2000):
-        publication.add(idx, info(idx))
+        publication.add("train", idx, info(idx))
     publication.flush()
     # Written after every shard it would be a thousand times its own size.
     assert store.put_bytes < 500 * (tmp_path / "run/0.json").stat().st_size

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,21 @@ def test_shard_is_waited_for_until_its_writer_announces_it(store: Store) -> None
     publication = Publication(store, "run/1.json", "a")
     shards = PublishedShards(Announcements(store, SOURCE), "train", [10, 15], 10)
     assert [shards.num_rows(idx) for idx in range(len(shards))] == [10, 10, 5]
-    threading.Timer(0.3, lambda: (publication.add(1, info("second of part 1", 5)), publication.flush())).start()
+    threading.Timer(
+        0.3, lambda: (publication.add("train", 1, info("second of part 1", 5)), publication.flush())
+    ).start()
     assert shards.get(2).key == f"{HOME}/second of part 1"
+
+
+def test_shards_of_another_view_are_not_those_that_are_waited_for(store: Store) -> None:
+    publication, announcements = Publication(store, "run/0.json", "a"), Announcements(store, SOURCE)
+    views = [PublishedShards(announcements, split, [10, 10], 10) for split in ("train", "train-view1")]
+    publication.add("train", 0, info("first view"))
+    publication.flush()
+    assert views[0].get(0).key == f"{HOME}/first view"
+    timer = threading.Timer(0.3, lambda: (publication.add("train-view1", 0, info("second")), publication.flush()))
+    timer.start()
+    assert views[1].get(0).key == f"{HOME}/second"
 
 
 def test_commit_replaces_the_announcements(store: Store) -> None:
@@ -85,7 +99,7 @@ def test_wait_lasts_as_long_as_other_shards_come(store: Store) -> None:
     def write_slowly() -> None:
         for idx in range(5):
             time.sleep(0.6)
-            publication.add(idx, info(f"shard {idx}"))
+            publication.add("train", idx, info(f"shard {idx}"))
             publication.flush()
 
     thread = threading.Thread(target=write_slowly)
@@ -108,8 +122,8 @@ def test_reader_of_a_growing_split_yields_what_a_reader_of_the_finished_one_yiel
     growing = PublishedShards(Announcements(store, source), "train", [95], 10)
 
     def write() -> None:
-        size = 10 * SPEC.nbytes
-        with ShardWriter(store, lambda idx: f"{HOME}/{idx}", SPEC, size, on_stored=publication.add) as writer:
+        size, announce = 10 * SPEC.nbytes, partial(publication.add, "train")
+        with ShardWriter(store, lambda idx: f"{HOME}/{idx}", SPEC, size, on_stored=announce) as writer:
             for start in range(0, 95, 19):
                 piece = slice(start, start + 19)
                 writer.append(rows[piece], ids[piece], ids[piece])

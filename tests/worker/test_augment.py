@@ -1,13 +1,19 @@
 """Random changes depend on the sample and the view, never on the batch."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
-from nf_pipeline.worker.augment import augment_images
+from nf_pipeline.errors import ConfigError
+from nf_pipeline.worker.augment import augment_images, augment_maps, check_images
+from nf_pipeline.worker.image_changes import jitter_colors, rand_augment
+from nf_pipeline.worker.sample_bits import hash_samples
 
 IDS = np.arange(200)
-KINDS = ("flip", "crop_flip")
+KINDS = ("flip", "crop_flip", "color", "randaugment")
+MAP_KINDS = ("flip", "flip_shift")
 
 
 def images(num: int = 200, size: int = 32) -> torch.Tensor:
@@ -53,3 +59,55 @@ def test_input_is_left_as_it_is() -> None:
     x_NCHW = images()
     augment_images(x_NCHW, IDS, kind="crop_flip", seed=0, view=0)
     assert torch.equal(x_NCHW, images())
+
+
+@pytest.mark.parametrize(("kind", "change"), [("color", jitter_colors), ("randaugment", rand_augment)])
+def test_colours_come_on_top_of_crops_and_flips(kind: str, change: Callable[..., torch.Tensor]) -> None:
+    cropped = augment_images(images(), IDS, kind="crop_flip", seed=1, view=2)
+    changed = augment_images(images(), IDS, kind=kind, seed=1, view=2)
+    assert torch.equal(changed, change(cropped, hash_samples(IDS, 1, 2)))
+    assert not torch.equal(changed, cropped)
+
+
+@pytest.mark.parametrize("kind", ["color", "randaugment"])
+def test_images_that_are_neither_grey_nor_rgb_are_refused_where_colours_change(kind: str) -> None:
+    check_images(kind, (1, 8, 8))
+    check_images("crop_flip", (4, 8, 8))
+    with pytest.raises(ConfigError, match=f"train.augment {kind} wants images of 1 or 3 channels, these are 4x8x8"):
+        check_images(kind, (4, 8, 8))
+
+
+def maps(num: int = 200, side: int = 16, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.arange(num * 2 * side * side).view(num, 2, side, side).remainder(251).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.uint8])
+@pytest.mark.parametrize("kind", MAP_KINDS)
+def test_map_is_changed_the_same_way_in_every_batch_and_otherwise_elsewhere(kind: str, dtype: torch.dtype) -> None:
+    x_NCHW, place = maps(dtype=dtype), {"seed": 1, "epoch": 2, "block_idx": 3}
+    whole = augment_maps(x_NCHW, IDS, kind=kind, **place)
+    order = np.random.default_rng(0).permutation(200)[:17]
+    assert torch.equal(augment_maps(x_NCHW[order], IDS[order], kind=kind, **place), whole[order])
+    assert whole.dtype == dtype and torch.equal(x_NCHW, maps(dtype=dtype))
+    for other in ({"seed": 2}, {"epoch": 3}, {"block_idx": 4}):
+        assert not torch.equal(augment_maps(x_NCHW, IDS, kind=kind, **{**place, **other}), whole)
+
+
+def test_maps_move_by_up_to_an_eighth_and_repeat_their_border() -> None:
+    ramp = torch.arange(16.0).expand(400, 1, 16, 16).contiguous()
+    ids = np.arange(400)
+    moved = augment_maps(ramp, ids, kind="flip_shift", seed=0, epoch=0, block_idx=1)
+    flipped = moved[:, 0, 0, 0] > moved[:, 0, 0, -1]
+    straight = torch.where(flipped[:, None, None, None], moved.flip(3), moved)
+    shifts = straight[:, 0, 0, 8] - 8
+    assert sorted(set(shifts.tolist())) == [-2, -1, 0, 1, 2]
+    assert 140 < int(flipped.sum()) < 260
+    wanted = (ramp + shifts[:, None, None, None]).clamp(0, 15)
+    assert torch.equal(straight, wanted)
+
+
+@pytest.mark.parametrize("side", [1, 4, 7])
+def test_maps_too_small_to_move_by_an_eighth_are_only_flipped(side: int) -> None:
+    x_NCHW, place = maps(side=side), {"seed": 1, "epoch": 2, "block_idx": 3}
+    moved = augment_maps(x_NCHW, IDS, kind="flip_shift", **place)
+    assert torch.equal(moved, augment_maps(x_NCHW, IDS, kind="flip", **place))

@@ -58,6 +58,16 @@ def test_members_have_the_same_weights_and_losses_to_the_last_bit(precision):
         assert all(torch.equal(other["weights"][name], value) for name, value in first["weights"].items())
 
 
+def test_members_that_each_match_the_similarities_of_their_own_part_stay_the_same_and_learn():
+    steps = [(12, 9)] * 15
+    first, other = run_gang(train, 2, steps, "fp32", "float32", "predsim")
+    assert all(torch.equal(other["weights"][name], value) for name, value in first["weights"].items())
+    assert any("objective" in name for name in first["weights"])
+    curve = torch.tensor(first["curve"])
+    assert first["curve"] == other["curve"]
+    assert (curve[-3:].mean(0) < 0.9 * curve[:3].mean(0)).all()
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_collectives_over(size):
     results = run_gang(reduce_numbers, size)
@@ -66,6 +76,7 @@ def test_collectives_over(size):
         assert result["total"] == [sum(ranks), size / 2, size * 2**40 + sum(ranks)]
         assert [type(total) for total in result["total"]] == [int, float, int]
         assert result["largest"] == (size - 1, 0.0)
+        assert result["union"] == [sum(1 << 5 * rank for rank in ranks), 0, sum(7 << 5 * rank for rank in ranks)]
         ones, powers = sum(rank + 1 for rank in ranks), sum(10**rank for rank in ranks)
         assert result["sums"] == [[ones], [ones], [powers], [powers], [powers], [ones]]
         assert result["losses"] == pytest.approx([sum(rank * (rank + 1) / 3 for rank in ranks)])

@@ -1,8 +1,16 @@
 import pytest
 import torch
 
+from nf_pipeline.config import TrainConfig
+from nf_pipeline.core.layers import cut
+from nf_pipeline.core.local_unit import build_units, even_spans
+from nf_pipeline.core.models import build_model
+from nf_pipeline.core.objectives import OBJECTIVES, CrossEntropy, UnitEnd, build_objective
+from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.errors import Diverged
 from nf_pipeline.worker.loss_guard import CHECK_EVERY, LossGuard
+
+PLAIN = [CrossEntropy(), CrossEntropy()]
 
 
 def step(*losses: float) -> list[torch.Tensor]:
@@ -10,7 +18,7 @@ def step(*losses: float) -> list[torch.Tensor]:
 
 
 def test_mean_losses_are_per_unit() -> None:
-    guard = LossGuard("block-000", 10, 0)
+    guard = LossGuard("block-000", PLAIN, 10, 0)
     guard.add(step(1.0, 4.0))
     guard.add(step(3.0, 2.0))
     guard.check()
@@ -20,7 +28,7 @@ def test_mean_losses_are_per_unit() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
 def test_bad_loss_is_an_error_that_names_epoch_step_and_unit(bad: float) -> None:
-    guard = LossGuard("block-002", 10, 4)
+    guard = LossGuard("block-002", PLAIN, 10, 4)
     guard.add(step(1.0, 1.0))
     guard.add(step(1.0, bad))
     with pytest.raises(Diverged, match=r"block-002.*unit 1 in epoch 5, step 1"):
@@ -28,7 +36,7 @@ def test_bad_loss_is_an_error_that_names_epoch_step_and_unit(bad: float) -> None
 
 
 def test_losses_are_fetched_every_few_steps_without_being_asked() -> None:
-    guard = LossGuard("block-000", 10, 0)
+    guard = LossGuard("block-000", PLAIN[:1], 10, 0)
     for _ in range(CHECK_EVERY - 1):
         guard.add(step(float("nan")))
     with pytest.raises(Diverged, match="step 0"):
@@ -36,7 +44,37 @@ def test_losses_are_fetched_every_few_steps_without_being_asked() -> None:
 
 
 def test_loss_at_chance_for_many_classes_is_fine() -> None:
-    guard = LossGuard("block-000", 1000, 0)
+    guard = LossGuard("block-000", PLAIN[:1], 1000, 0)
     guard.add(step(6.9))
     guard.check()
     assert guard.mean_losses() == pytest.approx([6.9])
+
+
+def test_limit_of_a_loss_with_a_bounded_part_is_its_own() -> None:
+    end = UnitEnd(out_shape=(6, 5, 5), num_outputs=10)
+    objectives = [build_objective(name, end, 0) for name in ("predsim", "cross_entropy")]
+    guard = LossGuard("block-000", objectives, 10, 0)
+    guard.add(step(16.0, 200.0))
+    guard.check()
+    guard.add(step(30.0, 200.0))
+    with pytest.raises(Diverged, match=r"loss 30 of unit 0 .*limit 25"):
+        guard.check()
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_training_that_explodes_is_found_whatever_it_is_for(loss: str) -> None:
+    shape, train = (1, 8, 8), TrainConfig(loss=loss, unit_layers=2)
+    generator = torch.Generator().manual_seed(0)
+    x_NCHW, y_N = torch.randn(32, *shape, generator=generator), torch.randint(0, 10, (32,), generator=generator)
+    guards = []
+    for lr in (0.05, 50.0):
+        cut_model = cut(build_model("convnet", image_shape=shape, num_classes=10, seed=0), shape)
+        (unit,) = build_units(cut_model, "adaptive", even_spans(6, 2), 10, 0, range(1), train=train)
+        optimizer = make_optimizer(unit.train(), train, lr)
+        guard = LossGuard("block-000", [unit.objective], 10, 0)
+        for _ in range(3):
+            guard.add(train_step([unit], [optimizer], x_NCHW, y_N, "fp32"))
+        guards.append(guard)
+    guards[0].check()
+    with pytest.raises(Diverged, match=r"loss [0-9.e+]+ of unit 0"):
+        guards[1].check()

@@ -26,7 +26,7 @@ from torch import nn
 
 from nf_pipeline.config import TrainConfig
 from nf_pipeline.core import layout
-from nf_pipeline.core.heads import build_head
+from nf_pipeline.core.heads import build_head, head_site
 from nf_pipeline.core.layers import CutModel, cut
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.models import build_model
@@ -60,8 +60,10 @@ class Scene:
         """Builds the unit with the head that training gives it; the same weights every time."""
         cut_model = _cut(self.model)
         start, stop = self.layers
-        last = stop == len(cut_model.layers)
-        head = cut_model.tail if last else build_head("adaptive", cut_model.out_shapes[stop - 1], NUM_CLASSES, 0)
+        if stop == len(cut_model.layers):
+            head = cut_model.tail
+        else:
+            head = build_head("adaptive", head_site(cut_model.out_shapes, stop - 1, NUM_CLASSES), 0)
         return LocalUnit(cut_model.layers[start:stop], head).to(self.device)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,6 +153,13 @@ def compiled_channels_last(scene: Scene) -> Step:
     return _trainer(scene, unit, memory_format=torch.channels_last)
 
 
+def graphed(scene: Scene) -> Step:
+    """torch.compile, and on a GPU the launches of a pass recorded in CUDA graphs; on a CPU the same as "compile"."""
+    unit = scene.unit()
+    unit.forward = torch.compile(unit.forward, mode="reduce-overhead")
+    return _trainer(scene, unit)
+
+
 def read_loss(scene: Scene) -> Step:
     """Every loss read at once, which waits for a GPU."""
     step = _trainer(scene, scene.unit())
@@ -190,6 +199,7 @@ VARIANTS: dict[str, Callable[[Scene], Step]] = {
     "read every loss": read_loss,
     "compile": compiled,
     "compile, channels last, weights too": compiled_channels_last,
+    "compile, CUDA graphs": graphed,
     "forward": forward_only,
     "forward, inference mode": forward_inference,
     "forward, contiguous": forward_contiguous,

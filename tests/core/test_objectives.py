@@ -1,0 +1,242 @@
+"""What units are trained for: the formulas written out, and whose weights they touch."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from nf_pipeline.config import TrainConfig
+from nf_pipeline.core.layers import CutModel, cut
+from nf_pipeline.core.local_unit import LocalUnit, build_units, even_spans
+from nf_pipeline.core.models import build_model
+from nf_pipeline.core.objectives import (
+    GAIN,
+    LARGEST_MAP_PIXELS,
+    OBJECTIVES,
+    SMALLEST_NORM,
+    CrossEntropy,
+    Labels,
+    PredSim,
+    Similarities,
+    UnitEnd,
+    build_objective,
+    looks_at_output,
+    similarities,
+)
+from nf_pipeline.core.train_step import make_optimizer, train_step
+from nf_pipeline.errors import ConfigError
+
+SHAPE = (1, 8, 8)
+
+
+def end_of(out_shape: tuple[int, ...] = (6, 5, 5), num_outputs: int = 4, smoothing: float = 0.0) -> UnitEnd:
+    return UnitEnd(out_shape=out_shape, num_outputs=num_outputs, label_smoothing=smoothing)
+
+
+def predsim(out_shape: tuple[int, ...] = (6, 5, 5), seed: int = 0) -> PredSim:
+    return build_objective("predsim", end_of(out_shape), seed)
+
+
+def batch(out_shape: tuple[int, ...] = (6, 5, 5), num: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    out = torch.randn(num, *out_shape, generator=generator)
+    return out, torch.randn(num, 4, generator=generator), torch.randint(0, 4, (num,), generator=generator)
+
+
+def cosine(one: list[float], other: list[float]) -> float:
+    """Of two vectors, each centred at its own mean."""
+    a, b = ([value - sum(vector) / len(vector) for value in vector] for vector in (one, other))
+    scale = math.sqrt(sum(value**2 for value in a) * sum(value**2 for value in b))
+    return sum(left * right for left, right in zip(a, b, strict=True)) / scale
+
+
+def convnet() -> CutModel:
+    return cut(build_model("convnet", image_shape=SHAPE, num_classes=10, seed=0), SHAPE)
+
+
+def units_for(train: TrainConfig, unit_layers: int = 2, units: range | None = None) -> list[LocalUnit]:
+    return build_units(convnet(), "adaptive", even_spans(6, unit_layers), 10, 0, units, train=train)
+
+
+def test_cross_entropy_is_torchs_bit_for_bit() -> None:
+    out_NCHW, logits_NK, y_N = batch()
+    loss = build_objective("cross_entropy", end_of(), 0).loss(out_NCHW, logits_NK, Labels(y_N=y_N))
+    assert torch.equal(loss, functional.cross_entropy(logits_NK, y_N))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_smoothed_labels_change_the_cross_entropy_as_torch_defines_it(name: str) -> None:
+    out_NCHW, logits_NK, y_N = batch()
+    plain, smoothed = (build_objective(name, end_of(smoothing=part), 0) for part in (0.0, 0.2))
+    share = 1.0 if name == "cross_entropy" else GAIN * 0.01
+    wanted, before = (functional.cross_entropy(logits_NK, y_N, label_smoothing=part) for part in (0.2, 0.0))
+    changed = smoothed.loss(out_NCHW, logits_NK, Labels(y_N=y_N)) - plain.loss(out_NCHW, logits_NK, Labels(y_N=y_N))
+    torch.testing.assert_close(changed, share * (wanted - before))
+
+
+def test_similarities_are_cosines_of_centred_samples() -> None:
+    x_NF = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = [[cosine(one, other) for other in x_NF.tolist()] for one in x_NF.tolist()]
+    torch.testing.assert_close(similarities(x_NF), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_similarity_matching_loss_is_the_formula_written_out() -> None:
+    objective, (out_NCHW, logits_NK, y_N) = predsim(), batch()
+    features = functional.conv2d(out_NCHW, objective.on_output.conv.weight, padding=1)
+    spreads = [[channel.std().item() for channel in sample] for sample in features]
+    one_hot = [[float(label == idx) for idx in range(4)] for label in y_N.tolist()]
+    pairs = [(i, j) for i in range(9) for j in range(9)]
+    errors = [(cosine(spreads[i], spreads[j]) - cosine(one_hot[i], one_hot[j])) ** 2 for i, j in pairs]
+    expected = GAIN * (0.99 * sum(errors) / 81 + 0.01 * functional.cross_entropy(logits_NK, y_N).item())
+    assert objective.loss(out_NCHW, logits_NK, Labels(y_N=y_N)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_similarities_under_bf16_are_those_of_float32() -> None:
+    x_NF = 3.0 + torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    one_hot_NK = Labels(y_N=torch.arange(8) % 3).one_hot_NK(3)
+    for samples in (x_NF, one_hot_NK):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low_NN = similarities(samples)
+        assert torch.equal(low_NN, similarities(samples))
+
+
+def test_similarities_of_maps_under_bf16_are_off_by_the_convolutions_rounding_alone() -> None:
+    objective, (out_NCHW, _, _) = predsim(), batch()
+    exact_NCHW, low_NCHW = (out_NCHW.clone().requires_grad_() for _ in range(2))
+    weights_NN = torch.randn(9, 9, generator=torch.Generator().manual_seed(1))
+    (objective.on_output(exact_NCHW) * weights_NN).sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low_NN = objective.on_output(low_NCHW)
+    (low_NN * weights_NN).sum().backward()
+    assert low_NN.dtype == torch.float32
+    torch.testing.assert_close(low_NN.diagonal(), torch.ones(9))
+    assert (low_NCHW.grad - exact_NCHW.grad).norm() < 0.02 * exact_NCHW.grad.norm()
+
+
+def test_gradient_of_a_nearly_dead_sample_is_bounded() -> None:
+    x_NF = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    scales_N1 = torch.tensor([1e-9, 1.0, 1.0, 1.0, 1.0])[:, None]
+    dead_NF = (scales_N1 * x_NF).requires_grad_()
+    weights_NN = torch.randn(5, 5, generator=torch.Generator().manual_seed(1))
+    cosines_NN = similarities(dead_NF)
+    (cosines_NN * weights_NN).sum().backward()
+    first, *others = dead_NF.grad.norm(dim=1).tolist()
+    assert first < 10 / SMALLEST_NORM * max(others)
+    torch.testing.assert_close(cosines_NN[1:, 1:], similarities(x_NF)[1:, 1:])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_whether_a_loss_looks_at_the_output_is_known_without_building_it(name: str) -> None:
+    before = torch.get_rng_state()
+    answer = looks_at_output(name)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert answer == (build_objective(name, end_of(), 0).on_output is not None)
+
+
+@pytest.mark.parametrize(
+    ("out_shape", "pixels"),
+    [((8, 16, 16), 256), ((8, 32, 32), 256), ((8, 7, 40), 80), ((2, 224, 224), 196), ((8, 1, 1), 1), ((3, 2, 2), 4)],
+)
+def test_large_maps_are_pooled_first_and_small_ones_kept(out_shape: tuple[int, ...], pixels: int) -> None:
+    module, seen = Similarities(out_shape), []
+    module.conv.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2] * args[0].shape[3]))
+    matrix_NN = module(torch.randn(3, *out_shape))
+    assert (seen, matrix_NN.shape) == ([pixels], (3, 3))
+    assert pixels <= LARGEST_MAP_PIXELS
+    torch.testing.assert_close(matrix_NN.diagonal(), torch.ones(3))
+
+
+def test_vectors_are_compared_as_they_are() -> None:
+    x_NF = torch.randn(4, 9)
+    assert torch.equal(Similarities((9,))(x_NF), similarities(x_NF))
+
+
+def test_dead_channels_and_samples_that_are_all_alike_give_finite_gradients() -> None:
+    objective, (out_NCHW, logits_NK, y_N) = predsim(), batch()
+    dead_NCHW = torch.zeros_like(out_NCHW).requires_grad_()
+    objective.loss(dead_NCHW, logits_NK, Labels(y_N=y_N)).backward()
+    assert torch.isfinite(dead_NCHW.grad).all()
+    assert torch.isfinite(objective.on_output.conv.weight.grad).all()
+
+
+def test_mixed_labels_give_the_convex_combination() -> None:
+    (_, logits_NK, y_N), share = batch(), 0.3
+    labels = Labels(y_N=y_N, other_N=y_N.flip(0), share=share)
+    losses = [functional.cross_entropy(logits_NK, each_N) for each_N in (y_N, y_N.flip(0))]
+    expected = share * losses[0] + (1 - share) * losses[1]
+    torch.testing.assert_close(CrossEntropy().loss(logits_NK, logits_NK, labels), expected)
+    one_hot_NK = labels.one_hot_NK(4)
+    torch.testing.assert_close(one_hot_NK.sum(1), torch.ones(9))
+    assert one_hot_NK[0, y_N[0]].item() == pytest.approx(share + (1 - share) * float(y_N[0] == y_N[8]))
+
+
+def test_weights_of_a_loss_depend_on_its_seed_only_and_not_on_the_units_built_beside_it() -> None:
+    before = torch.get_rng_state()
+    weights = [predsim(seed=seed).on_output.conv.weight for seed in (5, 5, 6)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    train = TrainConfig(loss="predsim")
+    together, alone = units_for(train), units_for(train, units=range(1, 2))
+    assert torch.equal(together[1].objective.on_output.conv.weight, alone[0].objective.on_output.conv.weight)
+
+
+def test_only_training_has_the_weights_of_a_loss_and_the_last_unit_none() -> None:
+    *inner, last = units_for(TrainConfig(loss="predsim", label_smoothing=0.1))
+    for unit in inner:
+        extra = set(unit.state_dict()) - set(unit.trained().state_dict())
+        assert extra == {"objective.on_output.conv.weight"}
+        assert all(
+            value is unit.state_dict(keep_vars=True)[name] for name, value in unit.trained().named_parameters()
+        )
+    assert type(last.objective) is CrossEntropy
+    assert last.objective.label_smoothing == 0.1
+    plain = build_units(convnet(), "adaptive", even_spans(6, 2), 10, 0)
+    assert [list(unit.state_dict()) for unit in plain] == [
+        list(unit.trained().state_dict()) for unit in (*inner, last)
+    ]
+
+
+def test_head_learns_from_its_cross_entropy_at_full_rate_and_the_layers_from_both_parts() -> None:
+    x_NCHW, y_N = torch.randn(6, *SHAPE), torch.tensor([0, 1, 2, 0, 1, 2])
+    (plain,), (matching,) = (units_for(TrainConfig(loss=name), units=range(1)) for name in OBJECTIVES)
+    plain.eval(), matching.eval()  # dropout and batch norms would tell the passes apart
+    for unit in (plain, matching):
+        out_NCHW, logits_NK = unit(x_NCHW)
+        unit.objective.loss(out_NCHW, logits_NK, Labels(y_N=y_N)).backward()
+        unit.objective.restore_head(unit.head)
+    for one, other in zip(plain.head.parameters(), matching.head.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+    weights = zip(plain.layers.parameters(), matching.layers.parameters(), strict=True)
+    assert not any(torch.allclose(one.grad, other.grad, rtol=0.1) for one, other in weights)
+
+
+def test_training_brings_samples_of_a_class_together_and_trains_the_losss_own_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    y_N = torch.randint(0, 3, (48,), generator=generator)
+    pattern_K = torch.randn(3, *SHAPE, generator=generator)
+    x_NCHW = pattern_K[y_N] + 0.3 * torch.randn(48, *SHAPE, generator=generator)
+    train = TrainConfig(loss="predsim")
+    (unit,) = units_for(train, units=range(1))
+    before = unit.objective.on_output.conv.weight.detach().clone()
+    optimizer = make_optimizer(unit.train(), train, 0.05)
+    losses = [float(train_step([unit], [optimizer], x_NCHW, y_N, "fp32")[0]) for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert not torch.equal(unit.objective.on_output.conv.weight, before)
+    assert (unit.eval()(x_NCHW)[1].argmax(1) == y_N).float().mean() > 0.9
+
+
+def test_unknown_loss_lists_near_names() -> None:
+    with pytest.raises(ConfigError, match=r"train\.loss: got 'predsin', unknown loss") as error:
+        build_objective("predsin", end_of(), 0)
+    assert "predsim" in error.value.fix
+
+
+def test_unit_that_is_given_no_loss_has_plain_cross_entropy() -> None:
+    unit = LocalUnit([nn.Conv2d(1, 2, 1)], nn.Flatten())
+    assert (type(unit.objective), unit.objective.label_smoothing, unit.objective.on_output) == (
+        CrossEntropy,
+        0.0,
+        None,
+    )
