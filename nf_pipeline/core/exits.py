@@ -50,8 +50,9 @@ class ExitCandidate:
     def interval_among(self, num_exits: int, confidence: float) -> tuple[float, float]:
         """Returns an interval that holds for whichever of so many exits is chosen, by whatever rule.
 
-        The intervals of all exits hold together with this confidence or more (Bonferroni), hence that of the one
-        that is picked, however it was picked. As all exits see the same samples it is wider than it had to be.
+        The intervals of all exits hold together with about this confidence or more (Bonferroni), hence that of the
+        one that is picked, however it was picked: about, as Wilson's intervals keep theirs on average over
+        accuracies. As all exits see the same samples it is wider than it had to be.
         """
         return wilson_interval(self.hits.bit_count(), self.num_val, 1 - (1 - confidence) / num_exits)
 

@@ -66,7 +66,7 @@ def assemble_model(task: AssembleTask) -> Iterator[Event]:
     assembly = _Assembly(task, *open_run_store(task.config))
     yield StageStarted(stage=STAGE, attempt=task.attempt, worker=worker_name())
     made = yield from assembly.choose()
-    if made.num_before:
+    if made.num_others:
         text = f"the test split is read again, for choice {made.num_test_reads}: what can be chosen has changed"
         yield Note(stage=STAGE, level="warning", text=text)
     scores = yield from assembly.look_at_test(made)

@@ -68,17 +68,17 @@ class CommittedChoice:
     Attributes:
         key: where.
         choice: what it says.
-        num_before: choices that were made before it, on other grounds.
+        num_others: choices that were made besides, on other grounds.
     """
 
     key: str
     choice: Choice
-    num_before: int
+    num_others: int
 
     @property
     def num_test_reads(self) -> int:
         """For how many choices the test split was looked at, this one included."""
-        return self.num_before + 1
+        return self.num_others + 1
 
 
 def find_choice(store: Store, prefix: str, fingerprint: str) -> CommittedChoice | None:
@@ -150,10 +150,10 @@ def read_test_labels(store: Store, ingest: StageManifest, opened_by: Store, choi
 
 
 def _find(store: Store, stored: Sequence[tuple[int, str]], fingerprint: str) -> CommittedChoice | None:
-    for number, key in stored:
+    for _, key in stored:
         choice = _read(store, key)
         if choice is not None and choice.fingerprint == fingerprint:
-            return CommittedChoice(key=key, choice=choice, num_before=number)
+            return CommittedChoice(key=key, choice=choice, num_others=len(stored) - 1)
     return None
 
 

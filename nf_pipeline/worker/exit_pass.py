@@ -24,8 +24,12 @@ from nf_pipeline.storage.reader import Batch, ShardReader
 from nf_pipeline.storage.store import Store
 from nf_pipeline.worker.progress_clock import ProgressClock
 
-MAX_LOGITS, MAX_EXIT_LOGITS = 2**26, 2**24
-"""Numbers of all exits and of one, 256 and 64 MiB: of images with 1,000 classes 16,000 for one exit, 4,000 for 16."""
+MAX_LOGITS, MAX_EXIT_LOGITS = 2**24, 2**22
+"""Numbers of all exits and of one: of images with 1,000 classes 4,000 for one exit, 1,000 for 16.
+
+Four bytes each, twice while they are joined, and some copies of one exit's in float64 while it is calibrated: 300 MiB
+at most.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +98,13 @@ class ExitPass:
         """
         found: list[list[torch.Tensor]] = []
         labels: list[torch.Tensor] = []
+        of_one = 0
 
         def keep(logits: list[torch.Tensor], batch: Batch) -> bool:
+            nonlocal of_one
             found.append(logits)
             labels.append(torch.from_numpy(batch.labels.copy()))
-            of_one = sum(parts[-1].numel() for parts in found)
+            of_one += logits[-1].numel()
             return of_one < MAX_EXIT_LOGITS and of_one * len(logits) < MAX_LOGITS
 
         yield from self._run(split, keep)
