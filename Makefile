@@ -3,7 +3,7 @@
 # make test-gpu    the tests that need a CUDA device
 # make test-faults everything that may break a run, as tests; NF_FAULT_TABLE=FILE takes a line for each fault
 # make test-slow   larger loads: networks of 200 layers, 10,000 classes, memory at 16 times the data; every classifier
-#                  of torchvision
+#                  of torchvision; the larger recipes
 # make soak        faults at random times for SOAK_MINUTES (10); SOAK_SEED repeats them
 # make fuzz        much more bad input than `make test` tries: FUZZ_SECONDS (120) for each decoder, then properties
 # make lint        style and formatting
@@ -92,7 +92,7 @@ test-faults: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest tests/faults -m 'not soak' $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED_TEST)
-	$(BIN)/python -m pytest tests/core tests/load -m slow $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest tests/core tests/load tests/workflows -m slow $(PYTEST_FLAGS)
 
 soak: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest tests/faults -m soak --log-cli-level=INFO $(PYTEST_FLAGS)

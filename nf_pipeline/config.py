@@ -29,7 +29,7 @@ from nf_pipeline.errors import ConfigError
 from nf_pipeline.redact import holds_credentials, redacted
 from nf_pipeline.units import parse_bytes
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Of the documents of a run: run.json, plan.json, stages' manifests, summary.json, model.json. Another is refused."""
 
 MAX_FILE_BYTES = 64 * 2**10
@@ -76,24 +76,32 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Which images, and how they are read and split."""
+    """Which samples, and how they are read and split."""
 
     source: Place = Field(default="digits", min_length=1)
     """Directory or URI of Parquet, image folder, torchvision data set name, or `digits`."""
     image_column: str | None = None
-    """Parquet column with the image; found by its type when not given."""
+    """Parquet column with the image, or the tensor or tokens; found by its type when not given."""
     label_column: str | None = None
     """Parquet column with the label; `label`, `labels`, `target` or `class` when not given."""
+    target: Literal["auto", "class", "values"] = "auto"
+    """What labels are: classes, or values to predict; auto takes floating point numbers, and lists of numbers, for
+    values, whole numbers and text for classes."""
+    num_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    """Tokens are whole numbers below this one; None: one more than the largest one in the data. Given, inputs of any
+    whole numbers are tokens."""
+    pixels: Literal["uint8", "uint16"] = "uint8"
+    """Stored type of images: `uint16` keeps all bits of 16-bit grey, and scales 8 bits up."""
     image_size: int | None = Field(default=None, ge=1, le=4096)
-    """Resize every image to this many pixels on both sides; required when sizes differ."""
+    """Resize every image to this many pixels on both sides; required when sizes differ. Tensors are never resized."""
     val_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Part of the train split that becomes the validation split when the data brings none."""
     test_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Part of the train split that becomes the test split when the data brings none."""
     max_train_images: int | None = Field(default=None, ge=2, lt=2**63)
-    """Stratified, seeded subset of the train split, validation included; None takes all."""
+    """Seeded subset of the train split, stratified by class, validation included; None takes all."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """`skip` counts and lists images that cannot be decoded instead of ending the run."""
+    """`skip` counts and lists images that cannot be decoded, and tensors with NaN, instead of ending the run."""
     decode_threads: int = Field(default=4, ge=1, le=256)
     """Threads that decode images in parallel."""
 
@@ -103,7 +111,7 @@ class ModelConfig(_Section):
 
     name: str | None = None
     """Registry name, `torchvision:NAME`, `timm:NAME` (the library's network with fresh weights; timm is an extra), or
-    `package.module:factory`; None picks one that suits the images."""
+    `package.module:factory`; None picks one that suits images, series or volumes."""
 
 
 class MemoryConfig(_Section):
@@ -142,15 +150,15 @@ class TrainConfig(_Section):
     workers_per_block: int = Field(default=1, ge=1, le=256)
     """Workers that share a block's batches: the effective batch is as many times the planned one."""
     augment: Literal["none", "flip", "crop_flip", "color", "randaugment"] = "none"
-    """Random changes of the images: what starts from the images sees new ones every epoch, the rest every round.
-    `color` (brightness, contrast, saturation) and `randaugment` come on top of `crop_flip`."""
+    """Random changes of pictures: what starts from the images sees new ones every epoch, the rest every round.
+    `color` (brightness, contrast, saturation) and `randaugment`, of 8 bits only, come on top of `crop_flip`."""
     views: int = Field(default=1, ge=1, le=100)
     """Passes over the train split, each with other random changes of the images, that a block's stored activations
     hold. Each epoch of the block that reads them reads one whole view, the next epoch the next one; what starts from
     the images sees new changes anyway. The first view of a sequential run is the images as they are."""
     feature_augment: Literal["none", "flip", "flip_shift"] = "none"
-    """Random flips, and shifts by up to an eighth, of stored activation maps as a block reads them, new ones every
-    epoch: an approximation of flipped and shifted images that needs no storage."""
+    """Random flips, and shifts by up to an eighth, of what pictures became, stored activation maps, as a block reads
+    them, new ones every epoch: an approximation of flipped and shifted images that needs no storage."""
     local: Literal["auto", "layer", "block"] = "auto"
     """What plans are made of: `layer` gives every layer a head and a loss of its own (the paper's form), `block` as
     many layers as memory allows, with backpropagation inside, up to the whole network; auto takes the fastest."""
@@ -160,14 +168,15 @@ class TrainConfig(_Section):
     head: str = "adaptive"
     """Auxiliary head of each unit: adaptive (linear where there is no room for it), auglocal, classic, linear or
     mlp_sr; auto takes for every unit the strongest with which its batch still trains well."""
-    loss: str = "cross_entropy"
-    """What every unit but the last, which has the model's own classifier, is trained for: cross_entropy, or predsim
-    (similarity matching + cross-entropy)."""
+    loss: str = "auto"
+    """What units are trained for: of classes cross_entropy, or predsim (similarity matching + cross-entropy; the last
+    unit, which has the model's own classifier, by cross-entropy alone); of values, standardised, mse, mae or huber;
+    auto takes cross_entropy or mse."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Part of every training label that is spread over all classes."""
+    """Part of every training label that is spread over all classes; values have none."""
     mixup: float = Field(default=0.0, ge=0.0, le=100.0)
-    """Mixes what a block reads, images or activations, in pairs while training, with shares from Beta(mixup, mixup);
-    0 mixes nothing. Below 0.01 nearly all shares would be 0 or 1, and draws are not exact."""
+    """Mixes what a block reads, samples or activations, in pairs while training, with shares from Beta(mixup, mixup);
+    0 mixes nothing, as tokens need it. Below 0.01 nearly all shares would be 0 or 1, and draws are not exact."""
     lr: float = Field(default=0.05, gt=0.0, le=100.0)
     """Peak learning rate at batch 128; scales linearly with the block's batch size."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -212,15 +221,16 @@ class ExitsConfig(_Section):
     """How the final model's exit is chosen, on the validation split."""
 
     tolerance: float = Field(default=0.5, ge=0.0, le=100.0)
-    """Percentage points that the chosen exit may be below the best one."""
+    """Percentage points of accuracy that the chosen exit may be below the best one; where values are predicted, per
+    cent of the best one's error that it may be above it."""
     confidence: float = Field(default=0.95, gt=0.0, le=0.999999)
-    """Level of the intervals around each exit's validation accuracy, and of the test by which an exit counts as worse
-    than the best one."""
+    """Level of the intervals around each exit's accuracy or error on validation, and of the test by which an exit
+    counts as worse than the best one."""
     keep: Literal["chosen", "all"] = "chosen"
     """`all` also keeps the heads of the exits before the chosen one, with thresholds by which a sample leaves at the
-    first exit that is sure enough; see `nf_pipeline.load_early_exit_model`."""
+    first exit that is sure enough; see `nf_pipeline.load_early_exit_model`. Of classes only."""
     patience: Patience = 2
-    """The run ends when so many blocks in a row brought no exit above the validation noise; see
+    """The run ends when so many blocks in a row brought no exit beyond the validation noise; see
     `nf_pipeline.core.early_stop`. "never" trains all blocks. Only sequential runs can end early: a pipelined one
     trains all blocks at the same time. May change while a run is continued; what is trained counts."""
 

@@ -4,4 +4,12 @@ Storage and planning count bytes with the same table. Knows nothing of torch, wh
 `nf_pipeline.core.dtypes`.
 """
 
-ITEM_BYTES: dict[str, int] = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+ITEM_BYTES: dict[str, int] = {
+    "uint8": 1,
+    "uint16": 2,
+    "int16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "int32": 4,
+}

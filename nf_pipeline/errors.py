@@ -75,8 +75,8 @@ class PlanError(NFError):
             f"no plan fits the memory budget: layer {self.layer} needs {format_bytes(self.needed_bytes)} "
             f"({self.needed_bytes} bytes) at the smallest batch, the budget is {format_bytes(self.budget_bytes)} "
             f"({self.budget_bytes} bytes)\n"
-            f"Fix: --memory-budget {self.smallest_budget_bytes} or more, or a smaller --model, --image-size or "
-            f"--set train.unit_layers"
+            f"Fix: --memory-budget {self.smallest_budget_bytes} or more, or a smaller --model, "
+            "--set train.unit_layers or, of images, --image-size"
         )
 
 

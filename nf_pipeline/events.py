@@ -75,7 +75,8 @@ class EpochDone(Event):
     Attributes:
         epoch, num_epochs: 1-based.
         losses: mean training loss per unit of the block.
-        val_accuracies: accuracy in [0, 1] on the validation split per unit of the block.
+        val_accuracies: accuracy in [0, 1] on the validation split per unit of the block, where classes are predicted.
+        val_errors: where values are, the part of their variance on that split that each unit leaves, 0 or more.
         images_per_s: training samples per second of this epoch.
         loader_wait_s: seconds the training loop waited for data in this epoch.
         peak_bytes: measured since the stage began.
@@ -84,10 +85,11 @@ class EpochDone(Event):
     epoch: int
     num_epochs: int
     losses: list[float]
-    val_accuracies: list[float]
     images_per_s: float
     loader_wait_s: float
     peak_bytes: int
+    val_accuracies: list[float] = field(default_factory=list)
+    val_errors: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

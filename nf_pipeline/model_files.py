@@ -18,13 +18,14 @@ from nf_pipeline.core.tensor_file import read_tensors
 from nf_pipeline.documents import parse_json, read_fields
 from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing
 from nf_pipeline.run_uri import split_run_uri
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, read_manifest, read_object
 from nf_pipeline.storage.sealed import check_version, repair_fix
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.trust import confirm_factory
 
-_MAX_PIXELS = 2**26  # as many as an image of a data set may have
+_MAX_NUMBERS = 3 * 2**26  # as many as an image of a data set may have
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -34,13 +35,13 @@ class ModelCard:
     """What model.json says: architecture, how it was chosen, how good it is.
 
     Attributes:
-        model, image_shape, num_classes, head, num_layers: rebuild the architecture.
-        class_names: one per class.
-        mean, std: per channel, of pixels scaled to [0, 1].
+        model, inputs, target, head, num_layers: rebuild the architecture.
+        class_names: one per class; none for values.
         exit_layer_idx, exit_layer: the last layer that was kept.
-        val_accuracy, test_accuracy: in [0, 1]; test is None when the data has no test split.
-        temperature: that logits are divided by before the softmax, for probabilities that say how often the model is
-            right; fitted on the validation split.
+        val_accuracy, test_accuracy: in [0, 1], of classes; test is None when the data has no test split.
+        val_error, test_error: of values, the part of their variance that is left, 0 or more; likewise.
+        temperature: of classes, that logits are divided by before the softmax, for probabilities that say how often
+            the model is right; fitted on the validation split.
         params, params_full: weights of this model and of the uncut one.
         weights_checksum: of model.safetensors.
         memory_budget_bytes: under which it was trained.
@@ -48,22 +49,22 @@ class ModelCard:
     """
 
     model: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
+    inputs: InputSpec
+    target: TargetSpec
     class_names: tuple[str, ...]
     head: str
     num_layers: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     exit_layer_idx: int
     exit_layer: str
-    val_accuracy: float
+    val_accuracy: float | None
     test_accuracy: float | None
-    temperature: float
+    temperature: float | None
     params: int
     params_full: int
     memory_budget_bytes: int
     weights_checksum: str
+    val_error: float | None = None
+    test_error: float | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -92,14 +93,15 @@ class ModelCard:
         Raises:
             ValueError: names the fields that disagree.
         """
-        if not 2 <= self.num_classes == len(self.class_names):
-            raise ValueError(f"num_classes: got {self.num_classes}, and {len(self.class_names)} class names")
-        channels, height, width = self.image_shape
-        if channels not in (1, 3) or not len(self.mean) == len(self.std) == channels or min(self.std) <= 0:
-            raise ValueError(f"image_shape, mean, std: got {self.image_shape}, {self.mean}, {self.std}")
-        if not (height * width <= _MAX_PIXELS and min(height, width, self.num_layers) >= 1):
-            raise ValueError(f"image_shape, num_layers: got {self.image_shape}, {self.num_layers}")
-        if not 0 < self.temperature < math.inf:
+        self.inputs.check()
+        self.target.check()
+        if len(self.class_names) != (self.target.num_classes or 0):
+            raise ValueError(f"target: got {self.target.size} outputs, and {len(self.class_names)} class names")
+        if math.prod(self.inputs.shape) > _MAX_NUMBERS or self.num_layers < 1:
+            raise ValueError(f"inputs, num_layers: got {list(self.inputs.shape)}, {self.num_layers}")
+        if (self.temperature is None) != (self.target.kind == "values"):
+            raise ValueError(f"temperature: got {self.temperature}, and target.kind {self.target.kind}")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature: got {self.temperature}, want a number above 0")
 
     @property
@@ -107,15 +109,15 @@ class ModelCard:
         """Which layers of which model."""
         return ExitSpec(
             model=self.model,
-            image_shape=self.image_shape,
-            num_classes=self.num_classes,
+            inputs=self.inputs,
+            target=self.target,
             head=self.head,
             num_layers=self.num_layers,
         )
 
     def build(self) -> ExitModel:
         """Builds the architecture with fresh weights."""
-        return build_exit_model(self.spec, mean=self.mean, std=self.std)
+        return build_exit_model(self.spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +204,9 @@ def load_model(uri: str, *, model: str | None = None) -> ExitModel:
         model: the factory, where the run was trained with one; registry models need nothing.
 
     Returns:
-        A module that maps pixels_NCHW (0 to 255) to logits_NK; its `card` attribute is the `ModelCard`. The logits
-        are as the network makes them: divided by `card.temperature`, their softmax says how often the model is right.
+        A module that maps samples as they are stored, such as pixels_NCHW (0 to 255), to logits_NK, or to values_NK
+        in their own units; its `card` attribute is the `ModelCard`. The logits are as the network makes them: divided
+        by `card.temperature`, their softmax says how often the model is right.
 
     Raises:
         ObjectMissing: the run has no final model (yet).

@@ -4,11 +4,13 @@ A plan is made by the planner from a profile and a budget, stored as plan.json, 
 Knows nothing of torch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from nf_pipeline.documents import read_fields
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 _PREVIOUS = -2
 
@@ -165,8 +167,8 @@ class Plan:
 
     Attributes:
         model: resolved model name.
-        num_classes: K.
-        image_shape: (C, H, W) of the stored images.
+        inputs: what a stored sample is.
+        target: what is predicted for it.
         budget_bytes: the user's dial, or the smallest class of workers that it was left to.
         layers, units, blocks: in order; units and blocks cover all layers without gaps.
         params_full: weights of the uncut model.
@@ -178,8 +180,8 @@ class Plan:
     """
 
     model: str
-    num_classes: int
-    image_shape: tuple[int, int, int]
+    inputs: InputSpec
+    target: TargetSpec
     budget_bytes: int
     layers: tuple[LayerSpec, ...]
     units: tuple[UnitProfile, ...]
@@ -204,6 +206,8 @@ class Plan:
         """
         plan = read_fields(cls, _with_budgets(document))
         _check_numbers(document)
+        plan.inputs.check()
+        plan.target.check()
         _check_cover("units", [(unit.start, unit.stop) for unit in plan.units], len(plan.layers))
         _check_cover("blocks", [block.units for block in plan.blocks], len(plan.units))
         for block_idx, block in enumerate(plan.blocks):
@@ -234,7 +238,8 @@ class Plan:
 
 
 _SMALLEST = {
-    **dict.fromkeys(("num_classes", "image_shape", "out_shape", "batch_size", "budget_bytes"), 1),
+    **dict.fromkeys(("size", "shape", "out_shape", "batch_size", "budget_bytes"), 1),
+    **dict.fromkeys(("mean", "std"), -math.inf),
     "constant_bytes": -(2**63),
     "source_block": -1,
 }

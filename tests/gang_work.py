@@ -9,18 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.collectives import PeerLost, gather_from_group, sum_over_group
+from nf_pipeline.core.hits import Hits
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.memory import LiveBytes
 from nf_pipeline.core.objectives import UnitEnd, build_objective
+from nf_pipeline.core.sample_errors import SampleErrors
 from nf_pipeline.core.sync_batch_norm import synchronise_batch_norms
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.errors import Diverged
 from nf_pipeline.gang import Gang
+from nf_pipeline.samples import TargetSpec
 from nf_pipeline.worker.data_parallel import Replicas
 
 CPU = torch.device("cpu")
@@ -139,6 +143,8 @@ def reduce_numbers(gang: Gang) -> dict[str, Any]:
     """Returns what every collective makes of numbers that differ by rank."""
     with joined(gang) as replicas:
         rank = gang.rank
+        own = [Hits(bits, 5) for bits in (1, 0, 7)]
+        errors = [SampleErrors.of(np.array([rank, 0.1]))]
         large = torch.full((600, 1024), float(rank + 1))
         striped = torch.full((2, 300, 16, 64), float(rank + 1)).contiguous(memory_format=torch.channels_last)
         small = [torch.full((rows,), float(10**rank)) for rows in (1, 7, 3)]
@@ -148,7 +154,8 @@ def reduce_numbers(gang: Gang) -> dict[str, Any]:
         return {
             "total": replicas.total([rank, 0.5, 2**40 + rank]),
             "largest": (replicas.largest(rank), replicas.largest(-float(rank))),
-            "union": replicas.union([1 << 5 * rank, 0, 7 << 5 * rank], 5 * gang.size),
+            "union": [part.bits for part in replicas.union(own, 5 * rank, 5 * gang.size)],
+            "errors": [part.errors_N.tolist() for part in replicas.union(errors, 2 * rank, 2 * gang.size)],
             "sums": [sorted(set(each.flatten().tolist())) for each in (large, striped, *small, other)],
             "losses": [float(loss) for loss in replicas.mean_losses([torch.tensor(float(rank))], rank + 1, 3)],
             "rows": gather_from_group(torch.tensor([rank, rank + 1])).tolist(),
@@ -227,7 +234,8 @@ def _make_unit(in_channels: int, out_channels: int, loss: str) -> LocalUnit:
         nn.ReLU(inplace=True),
         nn.Linear(8, 4),
     )
-    objective = build_objective(loss, UnitEnd(out_shape=(out_channels, 8, 8), num_outputs=4), seed=out_channels)
+    end = UnitEnd(out_shape=(out_channels, 8, 8), target=TargetSpec(size=4))
+    objective = build_objective(loss, end, seed=out_channels)
     return LocalUnit([layer, nn.Conv2d(out_channels, out_channels, 3, padding=1)], head, objective=objective)
 
 

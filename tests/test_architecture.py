@@ -21,6 +21,7 @@ LEVELS = {
     "nf_pipeline.dtypes": 0,
     "nf_pipeline.events": 0,
     "nf_pipeline.plans": 0,
+    "nf_pipeline.samples": 0,
     "nf_pipeline.run_uri": 0,
     "nf_pipeline.host": 0,
     "nf_pipeline.gang": 0,

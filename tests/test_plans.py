@@ -3,6 +3,7 @@ import json
 import pytest
 
 from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 
 def make_plan() -> Plan:
@@ -34,8 +35,8 @@ def make_plan() -> Plan:
     )
     return Plan(
         model="convnet",
-        num_classes=10,
-        image_shape=(1, 8, 8),
+        target=TargetSpec(size=10),
+        inputs=InputSpec(shape=(1, 8, 8)),
         budget_bytes=1000,
         layers=layers,
         units=units,

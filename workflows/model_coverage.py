@@ -40,6 +40,7 @@ from nf_pipeline.core.profiler import count_params
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.errors import ConfigError, NFError, PlanError
 from nf_pipeline.plans import BlockPlan, Plan
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.trust import MODEL_LIBRARIES
 from nf_pipeline.units import format_bytes
 
@@ -227,13 +228,13 @@ def cut_one(coverage: Coverage, size: int, *, is_fixed: bool) -> Coverage:
     """Cuts a network and compares it with the uncut one, for images of that size or what the network asks for."""
     shape = (3, size, size)
     try:
-        model = build_model(coverage.model, image_shape=shape, num_classes=NUM_CLASSES, seed=SEED)
+        model = build_model(coverage.model, inputs=InputSpec(shape=shape), num_outputs=NUM_CLASSES, seed=SEED)
     except ConfigError as error:
         larger = re.match(r"--image-size (\d+)", error.fix)
         if larger is None or is_fixed:
             raise
         return cut_one(coverage, int(larger[1]), is_fixed=True)
-    cut_model = cut(model, shape)
+    cut_model = cut(model, InputSpec(shape=shape))
     params = count_params(model)
     return replace(
         coverage,
@@ -264,7 +265,10 @@ def plan_one(coverage: Coverage) -> Plan:
 def _make_plan(coverage: Coverage, budget_bytes: int) -> Plan:
     size = coverage.image_size or SMALLEST
     return make_plan(
-        _config(coverage, budget_bytes), image_shape=(3, size, size), num_classes=NUM_CLASSES, split_rows=SPLIT_ROWS
+        _config(coverage, budget_bytes),
+        inputs=InputSpec(shape=(3, size, size)),
+        target=TargetSpec(size=NUM_CLASSES),
+        split_rows=SPLIT_ROWS,
     )
 
 
@@ -290,8 +294,8 @@ def _describe(block: BlockPlan, plan: Plan) -> Block:
 
 def train_one(coverage: Coverage, plan: Plan) -> tuple[Block, ...]:
     """Trains every block of a plan for two steps, the second one with momentum, and counts the bytes."""
-    model = build_model(coverage.model, image_shape=plan.image_shape, num_classes=NUM_CLASSES, seed=SEED)
-    cut_model = cut(model, plan.image_shape)
+    model = build_model(coverage.model, inputs=plan.inputs, num_outputs=NUM_CLASSES, seed=SEED)
+    cut_model = cut(model, plan.inputs)
     return tuple(
         replace(_describe(block, plan), measured_peak_bytes=_measure(block, plan, cut_model, coverage))
         for block in plan.blocks
@@ -300,9 +304,11 @@ def train_one(coverage: Coverage, plan: Plan) -> tuple[Block, ...]:
 
 def _measure(block: BlockPlan, plan: Plan, cut_model: CutModel, coverage: Coverage) -> int:
     train = _config(coverage, plan.budget_bytes).train
-    units = build_units(cut_model, train.head, plan.spans, NUM_CLASSES, SEED, units=range(*block.units))
+    units = build_units(
+        cut_model, train.head, plan.spans, TargetSpec(size=NUM_CLASSES), SEED, units=range(*block.units)
+    )
     optimizers = [make_optimizer(unit.train(), train, train.lr) for unit in units]
-    in_shape = (plan.image_shape, *cut_model.out_shapes)[plan.spans[block.units[0]].start]
+    in_shape = (plan.inputs.shape, *cut_model.out_shapes)[plan.spans[block.units[0]].start]
     meter = measure_peak(torch.device("cpu"))
     meter.track(*units, *optimizers)
     y_N = torch.zeros(block.batch_size, dtype=torch.int64)

@@ -24,11 +24,13 @@ from nf_pipeline.bench.methods import Method
 from nf_pipeline.bench.stopwatch import Stopwatch
 from nf_pipeline.bench.task import Task
 from nf_pipeline.config import fingerprint_of
+from nf_pipeline.core.hits import Hits
 from nf_pipeline.core.memory import measure_peak
 from nf_pipeline.core.profiler import count_params
+from nf_pipeline.core.results import Results
 from nf_pipeline.core.train_step import make_optimizer
 from nf_pipeline.worker.choice import Choice
-from nf_pipeline.worker.evaluate import count_correct, find_hits
+from nf_pipeline.worker.evaluate import find_results
 from nf_pipeline.worker.feed import Augmentation, Feed, open_feed
 from nf_pipeline.worker.runtime import cap_device_memory, seed_everything, set_threads
 from nf_pipeline.worker.schedule import peak_learning_rate, set_learning_rate
@@ -259,7 +261,8 @@ class _Trainer:
         return self._meter if first or self._device.type == "cuda" else nullcontext()
 
     def _correct_on_val(self) -> list[int]:
-        return counted(count_correct(self._units, self._val_feed, self._method.precision, self._meter))
+        found = counted(find_results(self._units, self._val_feed, self._method.precision, self._meter, Hits))
+        return [one.total for one in found]
 
     def _test(self, chosen: int) -> int | None:
         """Counts the test images that the chosen exit gets right; their labels open to a committed choice alone."""
@@ -278,7 +281,8 @@ class _Trainer:
             ),
         )
         precision = self._method.precision
-        return counted(find_hits(self._units, self._feed("test"), precision, self._meter, labels))[chosen].bit_count()
+        found = counted(find_results(self._units, self._feed("test"), precision, self._meter, Hits, labels))
+        return found[chosen].total
 
     @cached_property
     def _val_feed(self) -> Feed:
@@ -298,8 +302,8 @@ class _Trainer:
         )
 
 
-def counted(counting: Generator[int, None, list[int]]) -> list[int]:
-    """Runs a count to its end and returns it."""
+def counted(counting: Generator[int, None, list[Results]]) -> list[Results]:
+    """Runs a validation to its end and returns what it found."""
     while True:
         try:
             next(counting)

@@ -44,14 +44,13 @@ def choose_budgets(task: Task, peaks: Mapping[int, int]) -> dict[str, int]:
 
 def smallest_budget(task: Task) -> int | None:
     """Returns the smallest budget with which the pipeline trains; None if any does."""
-    facts = task.ingest.facts
     config = task.config.model_copy(update={"memory": task.config.memory.model_copy(update={"budget_bytes": 1})})
     try:
         make_plan(
             config,
-            image_shape=task.image_shape,
-            num_classes=facts["num_classes"],
-            split_rows=facts["split_rows"],
+            inputs=task.inputs,
+            target=task.target,
+            split_rows=task.ingest.facts["split_rows"],
         )
     except PlanError as error:
         return error.smallest_budget_bytes

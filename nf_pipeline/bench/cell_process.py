@@ -35,7 +35,7 @@ from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.profiler import count_params
 from nf_pipeline.documents import read_fields
-from nf_pipeline.errors import PlanError
+from nf_pipeline.errors import ConfigError, PlanError
 from nf_pipeline.model_files import load_model
 from nf_pipeline.units import format_bytes
 from nf_pipeline.worker.runtime import cap_device_memory, set_threads
@@ -86,11 +86,14 @@ class _Measurement:
     def _facts(self) -> Result:
         task = self._task(self._cell)
         facts = task.ingest.facts
+        if task.target.kind != "class":
+            what = f"bench compares accuracies, {facts['dataset']} has {task.target.size} values to predict"
+            raise ConfigError(what, "--data with classes")
         return {
             "status": "done",
             "params": sum(count_params(unit) for unit in task.units(method_named("bp"))),
-            "image_shape": facts["image_shape"],
-            "num_classes": facts["num_classes"],
+            "image_shape": list(task.inputs.shape),
+            "num_classes": task.target.num_classes,
             "split_rows": facts["split_rows"],
             "backprop_peaks": backprop_peaks(task),
         }
@@ -184,14 +187,12 @@ class _Measurement:
 
 def _inference(config: RunConfig, task: Task) -> dict[str, Any]:
     final = load_model(f"{config.storage.uri}/{RUN}", model=config.model.name)
-    facts = task.ingest.facts
-    name, num_classes = str(config.model.name), facts["num_classes"]
-    model = build_model(name, image_shape=task.image_shape, num_classes=num_classes, seed=0)
-    whole = cut(model, task.image_shape)
+    model = build_model(str(config.model.name), inputs=task.inputs, num_outputs=task.target.size, seed=0)
+    whole = cut(model, task.inputs)
     # Laid out in memory like the final one, layer by layer: only what is left out makes a difference.
-    full = ExitModel([LocalUnit(whole.layers, whole.tail, is_last=True)], facts["mean"], facts["std"])
+    full = ExitModel([LocalUnit(whole.layers, whole.tail, is_last=True)], task.inputs, task.target)
     cap_device_memory(task.device, None)
-    return compare_inference({"final": final, "full": full}, task.image_shape, task.device)
+    return compare_inference({"final": final, "full": full}, task.inputs.shape, task.device)
 
 
 def _fit_result(fit: Fit) -> Result:

@@ -116,7 +116,9 @@ class FitProbe:
         set_training(self._units, True)
 
     def _images(self, size: int) -> torch.Tensor:
-        return laid_out(torch.zeros(size, *self._task.image_shape, device=self._device))  # as the feed hands them out
+        return laid_out(
+            torch.zeros(size, *self._task.inputs.shape, device=self._device)
+        )  # as the feed hands them out
 
     def _on_fakes(self) -> AbstractContextManager[object]:
         return nullcontext() if self._fakes is None else self._fakes

@@ -15,6 +15,7 @@ from nf_pipeline.core.layers import CutModel, cut
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.train_step import resolve_device
+from nf_pipeline.samples import InputSpec, TargetSpec, inputs_of, target_of
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.store import Store
 
@@ -39,9 +40,14 @@ class Task:
         return resolve_device(self.config.train.device)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return tuple(self.ingest.spec.shape)
+    def inputs(self) -> InputSpec:
+        """What the network takes."""
+        return inputs_of(self.ingest.facts)
+
+    @property
+    def target(self) -> TargetSpec:
+        """What it predicts."""
+        return target_of(self.ingest.facts)
 
     @property
     def budget_bytes(self) -> int:
@@ -52,11 +58,11 @@ class Task:
         """Builds the network, with the weights that the pipeline starts from, as a chain of layers."""
         model = build_model(
             str(self.config.model.name),
-            image_shape=self.image_shape,
-            num_classes=self.ingest.facts["num_classes"],
+            inputs=self.inputs,
+            num_outputs=self.target.size,
             seed=self.config.train.seed,
         )
-        return cut(model, self.image_shape)
+        return cut(model, self.inputs)
 
     def units(self, method: Method, segment_layers: int = 0) -> list[LocalUnit]:
         """Returns the network as one unit, which is plain backpropagation, or as a unit per layer for DGL."""
@@ -69,8 +75,8 @@ def _one_unit(task: Task, segment_layers: int) -> list[LocalUnit]:
 
 
 def _unit_per_layer(task: Task, _segment_layers: int) -> list[LocalUnit]:
-    cut_model, num_classes, seed = task.cut_model(), task.ingest.facts["num_classes"], task.config.train.seed
-    sites = [head_site(cut_model.out_shapes, position, num_classes) for position in range(len(cut_model.layers) - 1)]
+    cut_model, num_outputs, seed = task.cut_model(), task.target.size, task.config.train.seed
+    sites = [head_site(cut_model.out_shapes, position, num_outputs) for position in range(len(cut_model.layers) - 1)]
     heads = [build_head("classic", site, seed + position) for position, site in enumerate(sites)]
     return _joined(cut_model.layers, [*heads, cut_model.tail])
 

@@ -39,6 +39,7 @@ class _StageState:
     trained: float = 0.0
     loss: float | None = None
     val_accuracy: float | None = None
+    val_error: float | None = None
     images_per_s: float | None = None
     peak_bytes: int | None = None
     seconds: float | None = None
@@ -142,7 +143,7 @@ class RunView:
             f"epoch {state.epoch}/{state.num_epochs}"
             + (f" {_phase_text(state)}" if state.phase == "validate" else ""),
             f"loss {_or_dash(state.loss, '.3f')}",
-            f"val {_or_dash(state.val_accuracy, '.1%').replace('%', ' %')}",
+            format_validation(state.val_accuracy, state.val_error),
             f"img/s {_or_dash(state.images_per_s, ',.0f')}",
             f"peak {format_peak(state.peak_bytes, budget)}",
             f"ETA {format_duration(self.eta_s(stage))}"
@@ -163,6 +164,13 @@ class RunView:
         block_idx = int(stage.removeprefix(_BLOCK_PREFIX))
         work = [_block_flops(self._plan, block) for block in self._plan.blocks]
         return sum(work[block_idx + 1 :]) / max(1, work[block_idx])
+
+
+def format_validation(accuracy: float | None, error: float | None) -> str:
+    """Formats what validation found, "val 61.3 %" of classes, "val error 0.412" of values; "val -" before either."""
+    if error is not None:
+        return f"val error {error:.3f}"
+    return f"val {_or_dash(accuracy, '.1%').replace('%', ' %')}"
 
 
 def format_duration(seconds: float | None) -> str:
@@ -208,6 +216,7 @@ def _take_epoch(state: _StageState, event: EpochDone) -> None:
     state.trained = event.epoch / event.num_epochs
     state.loss = event.losses[-1] if event.losses else state.loss
     state.val_accuracy = event.val_accuracies[-1] if event.val_accuracies else state.val_accuracy
+    state.val_error = event.val_errors[-1] if event.val_errors else state.val_error
     state.images_per_s, state.peak_bytes = event.images_per_s, event.peak_bytes
 
 

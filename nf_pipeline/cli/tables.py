@@ -2,16 +2,18 @@
 
 Takes plain documents (a plan, summary.json, a status) and returns text; decides nothing and prints nothing.
 A column "exit" is the position in summary.json's exits, counted from 0; the layer's name stands beside it.
-Entry: `plan_text`, `summary_text`, `status_text`, `evaluation_text`, `prediction_text`, `checks_text`,
-`garbage_text`, `verify_text`.
+Entry: `plan_text`, `summary_text`, `status_text`, `evaluation_text`, `adaptive_text`, `prediction_text`,
+`checks_text`, `garbage_text`, `verify_text`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nf_pipeline.cli.metric_text import metric_text, percent
 from nf_pipeline.cli.run_view import format_duration, format_peak
 from nf_pipeline.driver.garbage import Garbage, by_kind
 from nf_pipeline.plans import BlockPlan, Plan
+from nf_pipeline.samples import TargetSpec
 from nf_pipeline.units import format_bytes
 
 STALE_AFTER_S = 600.0
@@ -44,10 +46,10 @@ def plan_text(plan: Plan, placement: Mapping[str, Any]) -> str:
         plan: what would happen.
         placement: as `nf_pipeline.driver.preview.Preview` describes it.
     """
-    shape = "x".join(map(str, plan.image_shape))
+    shape = "x".join(map(str, plan.inputs.shape))
     head = (
         f"{plan.model}: {len(plan.layers)} layers, {len(plan.units)} units, "
-        f"{_count(plan.params_full)} parameters, images {shape}, {plan.num_classes} classes, "
+        f"{_count(plan.params_full)} parameters, samples {shape}, {_predicted(plan.target)}, "
         f"budget {format_bytes(plan.budget_bytes)}"
     )
     rows = [_plan_row(plan, block) for block in plan.blocks]
@@ -68,6 +70,10 @@ def plan_text(plan: Plan, placement: Mapping[str, Any]) -> str:
     )
     reasons = [f"block {block.block_idx + 1}: {block.reason}" for block in plan.blocks]
     return "\n".join([head, "", table, "", *reasons, *_candidates(plan), "", foot, buffers])
+
+
+def _predicted(target: TargetSpec) -> str:
+    return f"{target.size} {'classes' if target.kind == 'class' else 'values'}"
 
 
 def _candidates(plan: Plan) -> list[str]:
@@ -97,19 +103,19 @@ def summary_text(summary: Mapping[str, Any], run_uri: str) -> str:
         summary: the document of summary.json.
         run_uri: STORE/NAME, for the commands that come next.
     """
-    budget = summary["memory_budget_bytes"]
+    budget, metric = summary["memory_budget_bytes"], metric_text(summary)
     blocks = align(
         ["block", "layers", "batch", "measured peak / budget", "predicted", "train", "shards", "attempts"],
         [_block_row(block, budget) for block in summary["blocks"]],
     )
     exits = align(
-        ["", "exit", "layer", "val accuracy", "interval", "parameters", "of full model", "GFLOPs"],
+        ["", "exit", "layer", f"val {metric.name}", "interval", "parameters", "of full model", "GFLOPs"],
         [_exit_row(exit_idx, summary) for exit_idx in range(len(summary["exits"]))],
     )
     chosen = summary["chosen_exit"]
     layer = summary["exits"][chosen]["layer"]
     lines = [blocks, "", exits, "", f"chosen: exit {chosen} ({layer}), {summary['chosen_reason']}"]
-    lines.append(_accuracy_line(summary))
+    lines.append(_measured_line(summary))
     lines.append(_honesty_line(summary))
     lines.append(f"next: nf-pipeline predict {run_uri} INPUT --output predictions.parquet")
     return "\n".join(lines)
@@ -117,8 +123,9 @@ def summary_text(summary: Mapping[str, Any], run_uri: str) -> str:
 
 def status_text(status: Mapping[str, Any]) -> str:
     """Describes how far a run is; says how to continue one that fell silent or failed."""
+    val = "val error" if any(stage["val_error"] is not None for stage in status["stages"]) else "val"
     table = align(
-        ["stage", "state", "epoch", "loss", "val", "last sign", "attempts", "attempt", "worker"],
+        ["stage", "state", "epoch", "loss", val, "last sign", "attempts", "attempt", "worker"],
         [_status_row(stage) for stage in status["stages"]],
     )
     lines = [f"{status['uri']}: {status['state']}", "", table]
@@ -134,18 +141,35 @@ def status_text(status: Mapping[str, Any]) -> str:
 
 
 def evaluation_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lists the accuracy of every exit; the chosen one is marked."""
+    """Lists the accuracy or error of every exit; the chosen one is marked."""
+    metric = metric_text(rows[0])
     cells = [
         [
             "*" if row["chosen"] else "",
             str(row["exit"]),
             row["layer"],
-            _percent(row["accuracy"]),
+            metric.show(row[metric.name]),
+            metric.show_interval(row["interval"]),
             f"{row['num_images']:,}",
         ]
         for row in rows
     ]
-    return align(["", "exit", "layer", "accuracy", "images"], cells)
+    return align(["", "exit", "layer", metric.name, "interval", "samples"], cells)
+
+
+def adaptive_text(found: Mapping[str, Any]) -> str:
+    """Says how good a model with early exits is, what it costs, and where samples left."""
+    metric = metric_text(found)
+    accuracy = f"accuracy {metric.show(found['accuracy'])} ({metric.show_interval(found['interval'])})"
+    share = found["flops"] / found["flops_final"]
+    lines = [
+        f"{accuracy} on {found['num_images']:,} samples",
+        f"{found['flops'] / 1e9:.3f} GFLOPs per sample, {percent(share)} of those without early exits",
+        f"threshold {found['threshold']:.3f}; on validation it had {metric.show(found['val_accuracy'])} with "
+        f"{found['val_flops'] / 1e9:.3f} GFLOPs",
+        "left: " + ", ".join(f"{percent(exit['share'])} at {exit['layer']}" for exit in found["exits"]),
+    ]
+    return "\n".join(lines)
 
 
 def prediction_text(written: Mapping[str, Any]) -> str:
@@ -258,24 +282,30 @@ def _block_row(block: Mapping[str, Any], budget_bytes: int) -> list[str]:
 
 
 def _exit_row(exit_idx: int, summary: Mapping[str, Any]) -> list[str]:
-    row = summary["exits"][exit_idx]
-    low, high = row["val_interval"]
+    row, metric = summary["exits"][exit_idx], metric_text(summary)
     return [
         "*" if exit_idx == summary["chosen_exit"] else "",
         str(exit_idx),
         row["layer"],
-        _percent(row["val_accuracy"]),
-        f"{100 * low:.1f}-{100 * high:.1f} %",
+        metric.show(row[f"val_{metric.name}"]),
+        metric.show_interval(row[f"val_{metric.interval}"]),
         _count(row["params"]),
-        _percent(row["params"] / summary["params_full"]),
+        percent(row["params"] / summary["params_full"]),
         f"{row['flops'] / 1e9:.3f}",
     ]
 
 
-def _accuracy_line(summary: Mapping[str, Any]) -> str:
-    smaller = summary["params_full"] / summary["params_final"]
+def _split_name(summary: Mapping[str, Any]) -> str:
+    """Names the validation split, and what was measured on it where that is not the accuracy."""
+    name = metric_text(summary).name
+    return "validation" if name == "accuracy" else f"{name} on validation"
+
+
+def _measured_line(summary: Mapping[str, Any]) -> str:
+    smaller, metric = summary["params_full"] / summary["params_final"], metric_text(summary)
+    validation, test = (metric.show(summary[f"{split}_{metric.name}"]) for split in ("val", "test"))
     line = (
-        f"validation {_percent(summary['val_accuracy'])}, test {_percent(summary['test_accuracy'])}, "
+        f"{_split_name(summary)} {validation}, test {test}, "
         f"{_count(summary['params_final'])} of {_count(summary['params_full'])} parameters "
         f"({smaller:.1f}x smaller), {format_duration(summary['wall_s'])} in all"
     )
@@ -284,13 +314,15 @@ def _accuracy_line(summary: Mapping[str, Any]) -> str:
 
 def _honesty_line(summary: Mapping[str, Any]) -> str:
     """Says what the choice may have made look better than it is, and how far probabilities can be trusted."""
-    low, high = summary["val_interval_corrected"]
-    found, reads = summary["calibration"], summary["test_reads"]
-    line = (
-        f"corrected for the choice: validation {_percent(summary['val_accuracy_corrected'])} "
-        f"({100 * low:.1f}-{100 * high:.1f} %); calibration error {_percent(found['ece_before'])} before and "
-        f"{_percent(found['ece_after'])} after temperature {found['temperature']:.3g}"
-    )
+    metric, found, reads = metric_text(summary), summary["calibration"], summary["test_reads"]
+    corrected = metric.show(summary[f"val_{metric.name}_corrected"])
+    interval = metric.show_interval(summary[f"val_{metric.interval}_corrected"])
+    line = f"corrected for the choice: {_split_name(summary)} {corrected} ({interval})"
+    if found is not None:
+        line += (
+            f"; calibration error {percent(found['ece_before'])} before and {percent(found['ece_after'])} after "
+            f"temperature {found['temperature']:.3g}"
+        )
     return line if reads < 2 else f"{line}; the test split was read {reads} times"
 
 
@@ -301,7 +333,7 @@ def _status_row(stage: Mapping[str, Any]) -> list[str]:
         stage["state"],
         epoch,
         "" if stage["loss"] is None else f"{stage['loss']:.3f}",
-        "" if stage["val_accuracy"] is None else _percent(stage["val_accuracy"]),
+        _status_val(stage),
         "" if stage["updated_s"] is None else f"{format_duration(stage['updated_s'])} ago",
         str(stage["attempts"]) if stage["attempts"] else "",
         stage["attempt"] or "",
@@ -309,8 +341,11 @@ def _status_row(stage: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _percent(part: float | None) -> str:
-    return "-" if part is None else f"{100 * part:.1f} %"
+def _status_val(stage: Mapping[str, Any]) -> str:
+    for metric in (metric_text({"metric": name}) for name in ("accuracy", "error")):
+        if stage[f"val_{metric.name}"] is not None:
+            return metric.show(stage[f"val_{metric.name}"])
+    return ""
 
 
 def _count(number: int) -> str:

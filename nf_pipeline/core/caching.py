@@ -16,6 +16,7 @@ from nf_pipeline.core.drafts import Draft, PlanJob
 from nf_pipeline.core.partition import effective_budget
 from nf_pipeline.core.prediction import TimeModel
 from nf_pipeline.core.profiler import StepProbe
+from nf_pipeline.dtypes import ITEM_BYTES
 from nf_pipeline.plans import BlockPlan, StoreRates
 from nf_pipeline.units import format_bytes
 
@@ -74,7 +75,7 @@ def _costs(job: PlanJob, draft: Draft, times: TimeModel, rates: StoreRates) -> C
         )
     return CacheJob(
         blocks=tuple(blocks),
-        image_bytes=math.prod(job.in_shapes[0]),
+        image_bytes=math.prod(job.inputs.shape) * ITEM_BYTES[job.inputs.dtype],
         rows=rows,
         stored_rows=job.stored_rows,
         epochs=train.epochs,
@@ -158,9 +159,10 @@ class _Rooms:
         num_between = block.units[0] - first.units[0]
         probe = StepProbe(
             units[num_between:],
-            job.in_shapes[first.layers[0]],
+            job.ends[first.layers[0]],
             train=job.cfg.train,
             device=job.device,
+            target=job.target,
             frozen=units[:num_between],
         )
         available, batch_size = self._available(block), block.batch_size

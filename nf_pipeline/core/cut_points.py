@@ -17,25 +17,34 @@ from torch import fx, nn
 from nf_pipeline.core.trace import BY_HAND, operation_name
 from nf_pipeline.errors import ConfigError
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-_CONV_FUNCTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d"}
+CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+_CONV_FUNCTIONS = {
+    *("conv1d", "conv2d", "conv3d"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+}
 _TAIL_MODULES = (
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.AvgPool2d,
-    nn.Flatten,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.AlphaDropout,
-    nn.Linear,
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.Flatten, nn.Linear),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+    *(nn.RNNBase,),
 )
 _TAIL_FUNCTIONS = {
-    *("adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "mean", "amax", "linear"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "mean", "amax", "max", "linear"),
     *("flatten", "view", "reshape", "squeeze"),
 }
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "unfold"}
-_CHANNELS_TO_THE_END = (0, 2, 3, 1)
-_CHANNELS_BACK = (0, 3, 1, 2)
+_CHANNELS_TO_THE_END = {(0, 2, 3, 1), (0, 2, 3, 4, 1)}
+_CHANNELS_BACK = {(0, 3, 1, 2), (0, 4, 1, 2, 3)}
+# Of series and texts the same permutation does both. Pictures and volumes have other uses for it.
+_CHANNELS_SWAPPED = (0, 2, 1)
+_SWAPS = {"transpose", "swapaxes", "swapdims"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,35 +72,41 @@ class _Span:
     stop: int
 
 
-def find_cuts(model: nn.Module, graph: fx.Graph) -> list[Piece]:
+def find_cuts(model: nn.Module, graph: fx.Graph, *, is_series: bool = False) -> list[Piece]:
     """Splits the graph into layers, in order, and the classifier, the last piece.
 
     - A layer begins with an operation that has weights; operations without weights, and normalisation, join
       the layer before them.
     - A class with several instances, one of which has a skip connection inside, is a block; each of its
       instances is one layer, also those without a skip (the strided ones of MobileNetV2).
-    - Between a permutation to (N, H, W, C) and the one back no layer ends: heads take (N, C, H, W).
+    - Between a permutation to (N, H, W, C) and the one back no layer ends: heads take (N, C, H, W). What an
+      embedding returns is channels last from the start; what a convolution returns is channels first.
     - The classifier begins with the first pooling, flattening, dropout or linear operation after the last
       convolution.
+
+    Args:
+        model: as it was recorded.
+        graph: its operations.
+        is_series: whether a sample is (C, L), or (L,) tokens: transposing it turns channels first into channels last.
 
     Raises:
         ConfigError: no convolution, no classifier, no place where a single value crosses, or most of the model's
             blocks follow its last convolution.
     """
-    return _Cutter(model, graph).pieces()
+    return _Cutter(model, graph, is_series=is_series).pieces()
 
 
 class _Cutter:
     """The nodes of one graph by position; place i lies before operation i."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, *, is_series: bool) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
         self.placeholder = next(node for node in graph.nodes if node.op == "placeholder")
         self.output = next(node for node in graph.nodes if node.op == "output")
         self.nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
         self.crossing = _crossing_values([self.placeholder, *self.nodes, self.output])
-        self.channels_last = _channels_last_values(self.nodes)
+        self.channels_last = self._channels_last_values(is_series=is_series)
         self.blocks = self._find_blocks()
 
     def pieces(self) -> list[Piece]:
@@ -112,11 +127,45 @@ class _Cutter:
     def _check_classifier(self, classifier: _Span, num_layers: int) -> None:
         """Refuses what is no CNN: vision transformers and mixers have one convolution, then blocks without any."""
         blocks = [path for path, span in self.blocks.items() if span.start >= classifier.start]
+        blocks += [path for node in self.nodes[classifier.start :] for path in self._attentions(node)]
         if len(blocks) > num_layers:
             raise self._error(
                 f"{len(blocks)} blocks ({blocks[0]}, ...) follow its last convolution, and {num_layers} layers come "
-                f"before; heads take maps (N, C, H, W)"
+                f"before; heads take channels first"
             )
+
+    def _attentions(self, node: fx.Node) -> list[str]:
+        """Lists the attention layers of a module that was not entered."""
+        if node.op != "call_module":
+            return []
+        parts = self.modules[node.target].named_modules(prefix=str(node.target))
+        return [path for path, part in parts if isinstance(part, nn.MultiheadAttention)]
+
+    def _channels_last_values(self, *, is_series: bool) -> set[fx.Node]:
+        """Finds what is computed after channels became the last axis, and before they are the first again."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            axes = _permutation(node, is_series=is_series)
+            # What comes out of these is no map, or one that is not known.
+            is_reshaped = operation_name(node) in _RESHAPES
+            is_turned = not is_reshaped and any(source in found for source in node.all_input_nodes)
+            if axes == _CHANNELS_SWAPPED and is_series:
+                is_last = not is_turned
+            elif self._is_embedding(node) or axes in _CHANNELS_TO_THE_END:
+                is_last = True
+            else:
+                is_last = is_turned and axes not in _CHANNELS_BACK and not self._convolves(node)
+            if is_last:
+                found.add(node)
+        return found
+
+    def _is_embedding(self, node: fx.Node) -> bool:
+        return self._calls_one_of(node, (nn.Embedding,)) or operation_name(node) == "embedding"
+
+    def _convolves(self, node: fx.Node) -> bool:
+        """Whether a node is a convolution itself: unlike a module that holds one, it returns channels first."""
+        is_conv_module = node.op == "call_module" and isinstance(self.modules[node.target], CONVOLUTIONS)
+        return is_conv_module or operation_name(node) in _CONV_FUNCTIONS
 
     def _segments(self) -> list[_Span]:
         """Ranges between neighbouring places at which the graph may be cut."""
@@ -209,7 +258,7 @@ class _Cutter:
     def _why_no_tail(self, segment: _Span) -> str:
         turned = next((node for node in self.nodes[segment.start : segment.stop] if node in self.channels_last), None)
         if turned is not None:
-            return f"its maps are (N, H, W, C) from {turned.name} on, and heads take (N, C, H, W)"
+            return f"its channels are the last axis from {turned.name} on, and heads take them first: (N, C, ...)"
         places = range(segment.start + 1, segment.stop)
         widest = max(places, key=lambda i: len(self.crossing[i]), default=None)
         if widest is None or len(self.crossing[widest]) < 2:
@@ -231,24 +280,19 @@ def _crossing_values(nodes: list[fx.Node]) -> list[list[fx.Node]]:
     return [[nodes[i] for i in range(place) if last_use[i] >= place] for place in range(1, len(nodes))]
 
 
-def _channels_last_values(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Finds what is computed after a permutation to (N, H, W, C) and before the one back to (N, C, H, W)."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        axes = _permutation(node)
-        is_reshaped = operation_name(node) in _RESHAPES  # what comes out of that is no map, or one that is not known
-        is_turned = not is_reshaped and any(source in found for source in node.all_input_nodes)
-        if axes == _CHANNELS_TO_THE_END or (is_turned and axes != _CHANNELS_BACK):
-            found.add(node)
-    return found
-
-
 def _is_taken_apart(node: fx.Node) -> bool:
-    """Whether a value is several tensors, such as what `chunk` returns."""
-    return any(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
+    """Whether a value is several tensors, such as what `chunk` and `max` return."""
+    return any(
+        (user.target is operator.getitem and isinstance(user.args[1], int))
+        or (user.target is getattr and user.args[1] in ("values", "indices"))
+        for user in node.users
+    )
 
 
-def _permutation(node: fx.Node) -> tuple[int, ...] | None:
+def _permutation(node: fx.Node, *, is_series: bool) -> tuple[int, ...] | None:
+    """Returns the order of axes that a node permutes to; None where it does not, or it cannot be told."""
+    if is_series and (_swaps_last_axes(node) or (node.target is getattr and node.args[1] in ("mT", "mH"))):
+        return _CHANNELS_SWAPPED
     if operation_name(node) != "permute":
         return None
     axes = node.args[1:] or (node.kwargs.get("dims"),)
@@ -256,6 +300,13 @@ def _permutation(node: fx.Node) -> tuple[int, ...] | None:
     if not isinstance(axes, tuple | list) or not all(isinstance(axis, int) for axis in axes):
         return None
     return tuple(axis % len(axes) for axis in axes)
+
+
+def _swaps_last_axes(node: fx.Node) -> bool:
+    if operation_name(node) not in _SWAPS:
+        return False
+    axes = (*node.args[1:], *node.kwargs.values())
+    return len(axes) == 2 and all(isinstance(axis, int) for axis in axes) and {axis % 3 for axis in axes} == {1, 2}
 
 
 def _holds_two(path: str, cls: type, calls: dict[str, tuple[type, _Span]], classes: set[type]) -> bool:

@@ -26,11 +26,13 @@ from nf_pipeline.core.partition import (
     partition,
     smallest_budget,
 )
-from nf_pipeline.core.profiler import Shape, StepProbe, probe_batch_sizes, profile_unit
+from nf_pipeline.core.profiler import StepProbe, probe_batch_sizes, profile_unit
 from nf_pipeline.core.proposals import Proposal
+from nf_pipeline.core.stand_ins import numbers
 from nf_pipeline.dtypes import ITEM_BYTES
 from nf_pipeline.errors import PlanError
 from nf_pipeline.plans import BlockPlan, UnitProfile, UnitSpan
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.units import format_bytes
 
 
@@ -39,8 +41,8 @@ class PlanJob:
     """What every plan for one model, data set and budget is decided from.
 
     `memory` is what the run really has: its batches end at the train split. `budgets` are bytes per class of workers,
-    ascending, none above the device's memory; a budget that the user gave is the only class. `in_shapes[i]` is the
-    shape of a sample at the input of layer i. `profiles` fills as units are asked for.
+    ascending, none above the device's memory; a budget that the user gave is the only class. `profiles` fills as
+    units are asked for.
     """
 
     cfg: RunConfig
@@ -48,12 +50,17 @@ class PlanJob:
     budgets: tuple[int, ...]
     cap_name: str
     cut_model: CutModel
-    in_shapes: tuple[Shape, ...]
-    num_classes: int
+    inputs: InputSpec
+    target: TargetSpec
     split_rows: dict[str, int]
     device: torch.device
     is_exhaustive: bool = False
     profiles: dict[UnitSpan, UnitProfile] = field(default_factory=dict)
+
+    @property
+    def ends(self) -> tuple[InputSpec, ...]:
+        """A sample at the input of every layer, and at the output of the last."""
+        return (self.inputs, *map(numbers, self.cut_model.out_shapes))
 
     @property
     def num_layers(self) -> int:
@@ -64,7 +71,7 @@ class PlanJob:
         """Builds units; their layers are the model's own."""
         train = self.cfg.train
         head = STAND_IN if train.head == AUTO_HEAD else train.head
-        return build_units(self.cut_model, head, spans, self.num_classes, train.seed, units=which, train=train)
+        return build_units(self.cut_model, head, spans, self.target, train.seed, units=which, train=train)
 
     @property
     def stored_rows(self) -> int:
@@ -73,7 +80,7 @@ class PlanJob:
 
     def sample_bytes(self, stop: int) -> int:
         """Returns the tensor bytes that a sample's activations take as stored after layer `stop` - 1."""
-        return math.prod(self.in_shapes[stop]) * ITEM_BYTES[self.cfg.storage.dtype]
+        return math.prod(self.ends[stop].shape) * ITEM_BYTES[self.cfg.storage.dtype]
 
     def stored_bytes(self, stop: int) -> int:
         """Returns the tensor bytes that the activations of all stored samples take after layer `stop` - 1."""
@@ -110,7 +117,7 @@ class PlanJob:
         return UnitEstimator(
             self.cut_model.layers,
             self._head,
-            self.in_shapes,
+            self.ends,
             train=self.cfg.train,
             batch_sizes=self._ends_of_batches,
         )
@@ -124,9 +131,10 @@ class PlanJob:
         return profile_unit(
             self.units([span])[0],
             span,
-            (self.in_shapes[span.start], self.in_shapes[span.stop]),
+            (self.ends[span.start], self.ends[span.stop]),
             train=self.cfg.train,
             device=self.device,
+            target=self.target,
             # Tensor bytes are convex in the batch: the line through both ends lies above. Measurements need not be.
             batch_sizes=batch_sizes if self.device.type == "cuda" else self._ends_of_batches,
         )
@@ -311,9 +319,10 @@ class _Drafting:
         job, profiles = self._job, self._profiles[group.start : group.stop]
         probe = StepProbe(
             units[group.start : group.stop],
-            job.in_shapes[profiles[0].start],
+            job.ends[profiles[0].start],
             train=job.cfg.train,
             device=job.device,
+            target=job.target,
         )
         slope = max(unit.bytes_per_sample for unit in profiles)
         batch_size, peak_bytes = verified_batch(group.batch_size, available, slope, job.memory, probe.peak_bytes)

@@ -4,7 +4,10 @@ import torch
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "uint8": torch.uint8,
+    "uint16": torch.uint16,
+    "int16": torch.int16,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "int32": torch.int32,
 }

@@ -70,7 +70,7 @@ class EarlyExitPlan:
 
 
 class EarlyExitModel(nn.Module):
-    """pixels_NCHW (uint8 or float, 0 to 255) -> `Exited`. In inference mode.
+    """Samples as they are stored, such as pixels_NCHW (0 to 255) -> `Exited`. In inference mode.
 
     Until told otherwise it is as accurate on the validation split as its last exit alone, or more, at the lowest cost
     found; `with_accuracy` and `with_flops` give other compromises. Its layers are shared with them and with `final`,
@@ -181,7 +181,7 @@ class EarlyExitModel(nn.Module):
 def all_logits(
     final: ExitModel, heads: Sequence[nn.Module], stops: Sequence[int], pixels_NCHW: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Returns the logits_NK of every exit, not divided by any temperature; nobody leaves.
+    """Returns the logits_NK of every exit, not divided by any temperature, or standardised values; nobody leaves.
 
     Args:
         final, heads, stops: see `EarlyExitModel`.
@@ -204,9 +204,9 @@ def build_early_heads(spec: ExitSpec, exits: Sequence[tuple[int, str]]) -> list[
     Raises:
         ConfigError: the model cannot be built or cut, or a head is unknown.
     """
-    model = build_model(spec.model, image_shape=spec.image_shape, num_classes=spec.num_classes, seed=0)
-    shapes = cut(model, spec.image_shape).out_shapes
-    sites = [head_site(shapes, num_layers - 1, spec.num_classes) for num_layers, _ in exits]
+    model = build_model(spec.model, inputs=spec.inputs, num_outputs=spec.target.size, seed=0)
+    shapes = cut(model, spec.inputs).out_shapes
+    sites = [head_site(shapes, num_layers - 1, spec.target.size) for num_layers, _ in exits]
     return [build_head(name, site, seed=0).eval() for site, (_, name) in zip(sites, exits, strict=True)]
 
 

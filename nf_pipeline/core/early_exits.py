@@ -2,7 +2,8 @@
 
 A sample leaves at the first of some exits whose probability for its prediction reaches the threshold; the last exit
 takes the rest. An operating point is those exits and that one threshold, for all of them: confidences are comparable
-where every exit has its temperature. Knows nothing of models and stores. Entries: `find_points`, `measure_point`.
+where every exit has its temperature. Knows nothing of models and stores. Entries: `find_points`, `measure_point`,
+`check_exits`.
 
 Shapes: E exits, the last one included; N samples.
 """
@@ -12,6 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from nf_pipeline.config import ExitsConfig
+from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import TargetSpec
 
 NUM_THRESHOLDS = 48
 """Thresholds tried per set of exits: all of their confidences, or quantiles of more."""
@@ -55,6 +60,17 @@ class ExitCosts:
         run = [*exits, len(self.heads) - 1]
         heads_E[run] = np.array(self.heads, np.float64)[run]
         return np.array(self.layers, np.float64) + np.cumsum(heads_E)
+
+
+def check_exits(exits: ExitsConfig, target: TargetSpec) -> None:
+    """Checks that samples could leave at the exits that are to be kept.
+
+    Raises:
+        ConfigError: values are predicted, of which no exit says how sure it is.
+    """
+    if exits.keep == "all" and target.kind != "class":
+        what = "exits.keep: got all, but a sample leaves early by the probability of its class, and values have none"
+        raise ConfigError(what, "--exits chosen")
 
 
 def leaving_exits(confidence_EN: np.ndarray, exits: Sequence[int], threshold: float) -> np.ndarray:

@@ -25,8 +25,8 @@ from nf_pipeline.core.profiler import Shape, count_params, fit_line, forward_flo
 from nf_pipeline.core.train_step import Precision, autocast
 from nf_pipeline.core.user_code import user_code
 from nf_pipeline.plans import UnitProfile, UnitSpan
+from nf_pipeline.samples import InputSpec
 
-_FLOAT_BYTES = 4
 _CPU = torch.device("cpu")
 
 
@@ -84,7 +84,7 @@ class Inputs:
     Attributes:
         shape: of one sample.
         batch_sizes: each is looked at.
-        dtype: bfloat16 where the layer before ran under autocast.
+        dtype: bfloat16 where the layer before ran under autocast; int64 of tokens, which get no gradient.
         is_contiguous: made so, rather than laid out for their size.
     """
 
@@ -100,7 +100,7 @@ class UnitEstimator:
     Args:
         layers: of the cut model, on the CPU; left as they are.
         make_head: makes a head by the layer that it is on and its name.
-        in_shapes: of one sample at the input of every layer, and at the output of the last.
+        ends: one sample at the input of every layer, and at the output of the last.
         train: precision and mixup of the training step.
         batch_sizes: smallest and largest, between which estimates are lines.
     """
@@ -109,14 +109,14 @@ class UnitEstimator:
         self,
         layers: Sequence[nn.Module],
         make_head: Callable[[int, str], Head],
-        in_shapes: Sequence[Shape],
+        ends: Sequence[InputSpec],
         *,
         train: TrainConfig,
         batch_sizes: Sequence[int],
     ) -> None:
         self._layers = layers
         self._make_head = make_head
-        self._in_shapes = in_shapes
+        self._between = ends
         self._precision = train.precision
         self._is_mixed = train.mixup > 0.0
         self._batch_sizes = batch_sizes
@@ -131,9 +131,7 @@ class UnitEstimator:
         """
         end = self._end(span.stop - 1, span.head)
         layers = [self._layer(layer_idx) for layer_idx in range(span.start, span.stop)]
-        in_bytes = _FLOAT_BYTES * math.prod(self._in_shapes[span.start])
-        if self._inputs(span.start).dtype == torch.bfloat16:
-            in_bytes += in_bytes // 2  # stored activations come as float32 and are copied
+        in_bytes = self._in_bytes(span.start)
         steps = [
             _Step(
                 [layer[which] for layer in layers],
@@ -159,6 +157,14 @@ class UnitEstimator:
             head_flops=end.head_flops,
         )
 
+    def _in_bytes(self, layer_idx: int) -> int:
+        """Returns what a sample takes at a unit's input, where it is as the loader makes it."""
+        inputs = self._inputs(layer_idx)
+        if inputs.dtype != torch.bfloat16:
+            return inputs.dtype.itemsize * math.prod(inputs.shape)
+        # Stored activations come as float32 and are copied.
+        return (torch.float32.itemsize + torch.bfloat16.itemsize) * math.prod(inputs.shape)
+
     def _layer(self, layer_idx: int) -> list[PartBytes]:
         if layer_idx not in self._looked_at:
             inputs = self._inputs(layer_idx)
@@ -175,15 +181,16 @@ class UnitEstimator:
                 head=look_at(head.module, inputs, self._precision),
                 loss=nothing if head.loss is None else [*look_at(head.loss, inputs, self._precision)],
                 head_params=count_params(head.module),
-                head_flops=forward_flops([head.module], inputs.shape)[0],
+                head_flops=forward_flops([head.module], self._between[layer_idx + 1])[0],
             )
         return self._ends[layer_idx, name]
 
     def _inputs(self, position: int, *, is_contiguous: bool = False) -> Inputs:
+        dtype = torch.bfloat16 if position and self._precision == "bf16" else torch.float32
         return Inputs(
-            shape=self._in_shapes[position],
+            shape=self._between[position].shape,
             batch_sizes=self._batch_sizes,
-            dtype=torch.bfloat16 if position and self._precision == "bf16" else torch.float32,
+            dtype=torch.int64 if self._between[position].num_tokens else dtype,
             is_contiguous=is_contiguous,
         )
 
@@ -210,8 +217,10 @@ def _look(part: nn.Module, inputs: Inputs, batch_size: int, precision: Precision
     meter = LiveBytes(_CPU)
     meter.track(part)
     with meter:
-        # A copy: on a leaf, layers that begin in place fail.
-        x_N = torch.zeros(batch_size, *inputs.shape, dtype=inputs.dtype).requires_grad_().clone()
+        x_N = torch.zeros(batch_size, *inputs.shape, dtype=inputs.dtype)
+        if x_N.is_floating_point():
+            # A copy: on a leaf, layers that begin in place fail.
+            x_N = x_N.requires_grad_().clone()
         x_N = x_N.contiguous() if inputs.is_contiguous else laid_out(x_N)
         before = _start(meter)
         with autocast(_CPU, precision):

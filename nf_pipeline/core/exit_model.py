@@ -1,6 +1,7 @@
 """The streamlined final model: layers up to the chosen exit and that exit's head.
 
-Takes raw pixels, so that whoever loads it needs to know nothing about normalisation. Knows nothing of files.
+Takes samples as they are stored and returns logits of classes, or values in their own units, so that whoever loads it
+needs to know nothing about normalisation. Knows nothing of files.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.models import build_model
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,54 +25,93 @@ class ExitSpec:
 
     Attributes:
         model: registry name or "package.module:factory".
-        image_shape: (C, H, W) of the images.
-        num_classes: K.
+        inputs: what it takes.
+        target: what it predicts.
         head: name of the auxiliary head; the last layer has the model's own classifier.
         num_layers: layers from the model's input to the exit.
     """
 
     model: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
+    inputs: InputSpec
+    target: TargetSpec
     head: str
     num_layers: int
 
 
 class Normalise(nn.Module):
-    """pixels_NCHW (0 to 255) -> x_NCHW float32, as in training.
+    """Samples [N, *shape] as they are stored -> what the first layer takes, as in training.
+
+    Tokens become int64, numbers float32, with the mean and the standard deviation of train taken out of every channel
+    where these are known.
 
     Args:
-        mean, std: per channel, of pixels scaled to [0, 1].
+        inputs: what is stored.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, inputs: InputSpec) -> None:
         super().__init__()
-        self.register_buffer("mean_C11", 255.0 * torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
-        self.register_buffer("std_C11", 255.0 * torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+        self._is_tokens = inputs.num_tokens > 0
+        sides = (-1, *[1] * (len(inputs.shape) - 1))
+        for name, values in (("mean_C", inputs.mean), ("std_C", inputs.std)):
+            of_channels = torch.tensor(values, dtype=torch.float32).view(sides) if values else None
+            self.register_buffer(name, of_channels)
 
-    def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Returns the normalised batch."""
-        return (pixels_NCHW.float() - self.mean_C11) / self.std_C11
+    def forward(self, stored_N: torch.Tensor) -> torch.Tensor:
+        """Returns the batch for the first layer."""
+        if self._is_tokens:
+            return stored_N.long()
+        if self.mean_C is None:
+            return stored_N.float()
+        return (stored_N.float() - self.mean_C) / self.std_C
+
+
+class OwnUnits(nn.Module):
+    """Standardised values_NK, which networks are trained on -> values_NK in their own units, and back.
+
+    Args:
+        target: with mean and std.
+    """
+
+    def __init__(self, target: TargetSpec) -> None:
+        super().__init__()
+        self.register_buffer("mean_K", torch.tensor(target.mean, dtype=torch.float32))
+        self.register_buffer("std_K", torch.tensor(target.std, dtype=torch.float32))
+
+    def forward(self, standardised_NK: torch.Tensor) -> torch.Tensor:
+        """Returns values in their own units."""
+        return standardised_NK * self.std_K + self.mean_K
+
+    def standardised(self, values_NK: torch.Tensor) -> torch.Tensor:
+        """Returns what networks are trained on; NaN where a value is not known."""
+        return (values_NK - self.mean_K) / self.std_K
+
+
+def own_units(target: TargetSpec) -> OwnUnits | None:
+    """Returns what turns a network's outputs into the target's own units; None where they have none."""
+    return OwnUnits(target) if target.mean else None
 
 
 class ExitModel(nn.Module):
-    """pixels_NCHW (uint8 or float, 0 to 255) -> logits_NK.
+    """Samples as they are stored (images: 0 to 255) -> logits_NK, or values_NK in their own units.
 
     Args:
         units: from the first to the exit's; only the last one's head is kept.
-        mean, std: per channel, of pixels scaled to [0, 1].
+        inputs: what it takes.
+        target: what it predicts.
     """
 
-    def __init__(self, units: Sequence[LocalUnit], mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, units: Sequence[LocalUnit], inputs: InputSpec, target: TargetSpec) -> None:
         super().__init__()
-        self.normalise = Normalise(mean, std)
+        self.normalise = Normalise(inputs)
         self.layers = nn.Sequential(*(layer for unit in units for layer in unit.layers))
         self.head = units[-1].head
+        self.own_units = own_units(target)
         self._is_last = units[-1].is_last
 
-    def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Returns the logits."""
-        return self.run_head(self.run_layers(self.normalise(pixels_NCHW), 0, len(self.layers)))
+    def forward(self, stored_N: torch.Tensor) -> torch.Tensor:
+        """Returns the logits, or the values."""
+        outputs_NK = self.run_head(self.run_layers(self.normalise(stored_N), 0, len(self.layers)))
+        return outputs_NK if self.own_units is None else self.own_units(outputs_NK)
 
     def run_layers(self, x_NCHW: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Runs a half-open range of layers on what the layer before it, or `normalise`, has returned."""
@@ -79,28 +120,28 @@ class ExitModel(nn.Module):
         return x_NCHW
 
     def run_head(self, x_NCHW: torch.Tensor) -> torch.Tensor:
-        """Returns the logits of what the last layer has returned."""
+        """Returns the logits, or the standardised values, of what the last layer has returned."""
         return self.head(x_NCHW.contiguous() if self._is_last else laid_out(x_NCHW))
 
 
-def build_exit_model(spec: ExitSpec, *, mean: Sequence[float], std: Sequence[float]) -> ExitModel:
+def build_exit_model(spec: ExitSpec) -> ExitModel:
     """Builds the architecture with fresh weights, in inference mode, ready for `load_state_dict`.
 
     Args:
         spec: the model and its exit.
-        mean, std: per channel, of pixels scaled to [0, 1].
 
     Raises:
         ConfigError: the model cannot be built or cut, or has fewer layers.
     """
-    model = build_model(spec.model, image_shape=spec.image_shape, num_classes=spec.num_classes, seed=0)
-    cut_model = cut(model, spec.image_shape)
+    model = build_model(spec.model, inputs=spec.inputs, num_outputs=spec.target.size, seed=0)
+    cut_model = cut(model, spec.inputs)
     if spec.num_layers > len(cut_model.layers):
         raise ConfigError(f"num_layers: got {spec.num_layers}, {spec.model} has {len(cut_model.layers)} layers")
     is_last = spec.num_layers == len(cut_model.layers)
     if is_last:
         head = cut_model.tail
     else:
-        site = head_site(cut_model.out_shapes, spec.num_layers - 1, spec.num_classes)
+        site = head_site(cut_model.out_shapes, spec.num_layers - 1, spec.target.size)
         head = build_head(spec.head, site, seed=0)
-    return ExitModel([LocalUnit(cut_model.layers[: spec.num_layers], head, is_last=is_last)], mean, std).eval()
+    unit = LocalUnit(cut_model.layers[: spec.num_layers], head, is_last=is_last)
+    return ExitModel([unit], spec.inputs, spec.target).eval()

@@ -14,30 +14,45 @@ from torch import nn
 from nf_pipeline.core.model_checks import check_outputs, check_weights
 from nf_pipeline.core.user_code import HostLimit, user_code
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec
 
 
-def build_by_factory(name: str, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """Imports a factory and calls it with those of `num_classes` and `image_shape` that it accepts.
+def build_by_factory(name: str, inputs: InputSpec, num_outputs: int) -> nn.Module:
+    """Imports a factory and calls it with what it accepts of `offered_to`.
 
     Args:
         name: `package.module:factory`.
-        image_shape: (C, H, W).
-        num_classes: number of outputs.
+        inputs: what the network takes.
+        num_outputs: numbers that it returns for a sample.
 
     Raises:
-        ConfigError: it cannot be imported, fails, or returns something else than a module with `num_classes` outputs.
+        ConfigError: it cannot be imported, fails, or returns something else than a module with `num_outputs` outputs.
     """
     with user_code(f"--model {name}", "change the model"):
         factory = _import_factory(name)
-        model = _call_factory(name, factory, {"num_classes": num_classes, "image_shape": image_shape})
+        model = _call_factory(name, factory, offered_to(inputs, num_outputs))
         if not isinstance(model, nn.Module):
             raise ConfigError(
                 f"--model {name}: the factory returns {type(model).__name__}, want a torch.nn.Module",
                 "return the model itself",
             )
         check_weights(name, model)
-        check_outputs(name, model, image_shape, num_classes)
+        check_outputs(name, model, inputs, num_outputs)
         return model
+
+
+def offered_to(inputs: InputSpec, num_outputs: int) -> dict[str, Any]:
+    """Returns what a factory may ask for by name: the number of outputs, and what a sample looks like.
+
+    `num_classes` and `image_shape` are other names of `num_outputs` and `input_shape`.
+    """
+    return {
+        "num_outputs": num_outputs,
+        "num_classes": num_outputs,
+        "input_shape": inputs.shape,
+        "image_shape": inputs.shape,
+        "num_tokens": inputs.num_tokens,
+    }
 
 
 def _import_factory(name: str) -> Callable[..., Any]:

@@ -1,8 +1,9 @@
-"""Auxiliary heads: small networks that predict the class from a layer's output.
+"""Auxiliary heads: small networks that predict the target from a layer's output.
 
 One table, name -> constructor; a new head is one more function. What a head is built from (`HeadSite`) follows from
-the model and the unit's last layer: whoever loads a trained head builds the same one. Knows nothing of the layers
-below but their shapes. Entry: `build_head`.
+the model and the unit's last layer: whoever loads a trained head builds the same one. Their parts follow from how
+many sides the layer's maps have (`nf_pipeline.core.spatial`); on a vector, linear layers stand for convolutions, and
+nothing is pooled. Knows nothing of the layers below but their shapes. Entry: `build_head`.
 """
 
 import difflib
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nf_pipeline.core.spatial import PARTS, SpatialParts, parts_for
 from nf_pipeline.errors import ConfigError
 
 _MIN_WIDTH = 8
@@ -26,17 +28,22 @@ class HeadSite:
     """Where a head stands.
 
     Attributes:
-        in_shape: (C, H, W) of one sample of the layer's output.
-        num_outputs: logits per sample.
+        in_shape: of one sample of the layer's output: (C, *sides) of a map, (F,) of a vector.
+        num_outputs: logits or values per sample.
         num_upstream: layers up to here, the one it stands on included.
-        downstream: channels of the maps that the layers after it return, in order; layers that return no maps are
-            left out.
+        downstream: channels of what the layers after it return, in order; layers that return something with another
+            number of sides are left out.
     """
 
-    in_shape: tuple[int, int, int]
+    in_shape: tuple[int, ...]
     num_outputs: int
     num_upstream: int = 1
     downstream: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> SpatialParts | None:
+        """What heads on such maps are made of; None on a vector."""
+        return parts_for(self.in_shape)
 
 
 def head_site(out_shapes: Sequence[tuple[int, ...]], layer_idx: int, num_outputs: int) -> HeadSite:
@@ -45,18 +52,18 @@ def head_site(out_shapes: Sequence[tuple[int, ...]], layer_idx: int, num_outputs
     Args:
         out_shapes: of one sample after each layer of the whole model.
         layer_idx: the layer, 0-based.
-        num_outputs: logits per sample.
+        num_outputs: logits or values per sample.
 
     Raises:
-        ConfigError: the layer's output is no map of features.
+        ConfigError: the layer's output has more sides than heads know.
     """
     in_shape = tuple(out_shapes[layer_idx])
-    if len(in_shape) != 3:
+    if len(in_shape) - 1 not in (0, *PARTS):
         raise ConfigError(
-            f"train.head: a layer's output has shape {in_shape} per sample, want (C, H, W)",
-            "leave what follows the last convolution to the model's classifier",
+            f"train.head: a layer's output has shape {in_shape} per sample, want at most {max(PARTS)} sides",
+            "let the model's nf_layers() end its layers where there are fewer",
         )
-    widths = tuple(shape[0] for shape in out_shapes[layer_idx + 1 :] if len(shape) == 3)
+    widths = tuple(shape[0] for shape in out_shapes[layer_idx + 1 :] if len(shape) == len(in_shape))
     return HeadSite(in_shape=in_shape, num_outputs=num_outputs, num_upstream=layer_idx + 1, downstream=widths)
 
 
@@ -92,7 +99,8 @@ def check_head_name(name: str) -> None:
 def build_adaptive(site: HeadSite) -> nn.Module:
     """3x3 convolution C -> F, BN, ReLU, average pool to 2x2, linear; F = C within 8 to 256. [ours]
 
-    Few filters where maps are large, many where they are small: 9*C*F + 4*F*K weights, F*H*W activations.
+    Few filters where maps are large, many where they are small: 9*C*F + 4*F*K weights, F*H*W activations. On series
+    a filter has 3 weights, and four cells stay; on volumes it is 27, and 2x2x2.
     """
     return _conv_head(site, min(max(site.in_shape[0], _MIN_WIDTH), _MAX_WIDTH))
 
@@ -106,14 +114,14 @@ def build_auglocal(site: HeadSite) -> nn.Module:
     follow, and stride 2 until a map is one pixel wide, are our choice: blocks are not copied. [ours]
     """
     widths = _taken_uniformly(site.downstream, _pyramid_depth(site)) or (site.in_shape[0],)
-    channels, height, width = site.in_shape
+    channels, *sides = site.in_shape
     parts: list[tuple[str, nn.Module]] = []
     for idx, filters in enumerate(widths):
-        stride = (min(2, height), min(2, width))
-        parts += _conv_bn_relu(str(idx), channels, filters, kernel_size=3, stride=stride)
-        channels, height, width = filters, (height + 1) // 2, (width + 1) // 2
-    parts += [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
-    return nn.Sequential(OrderedDict([*parts, ("linear", nn.Linear(channels, site.num_outputs))]))
+        stride = tuple(min(2, side) for side in sides)
+        parts += _conv_bn_relu(site, str(idx), (channels, filters), kernel_size=3, stride=stride)
+        channels, sides = filters, [(side + 1) // 2 for side in sides]
+    parts += _pooled_linear(site, channels, tuple(1 for _ in sides))
+    return nn.Sequential(OrderedDict(parts))
 
 
 def build_classic(site: HeadSite) -> nn.Module:
@@ -126,14 +134,8 @@ def build_linear(site: HeadSite) -> nn.Module:
 
     The planner falls back on it where a layer's own weights leave no room for another convolution.
     """
-    channels, height, width = site.in_shape
-    pooled = (min(2, height), min(2, width))
-    parts = [
-        ("pool", nn.AdaptiveAvgPool2d(pooled)),
-        ("flatten", nn.Flatten()),
-        ("linear", nn.Linear(channels * math.prod(pooled), site.num_outputs)),
-    ]
-    return nn.Sequential(OrderedDict(parts))
+    channels, *sides = site.in_shape
+    return nn.Sequential(OrderedDict(_pooled_linear(site, channels, _cells(site, sides))))
 
 
 def build_mlp_sr(site: HeadSite) -> nn.Module:
@@ -142,30 +144,44 @@ def build_mlp_sr(site: HeadSite) -> nn.Module:
     After Belilovsky et al., "Decoupled Greedy Learning of CNNs" (ICML 2020, arXiv 1901.08164). The width of
     all hidden parts, C within 8 to 256, is our choice: four times C would be 12 M weights at C = 512.
     """
-    channels, height, width = site.in_shape
+    channels, *sides = site.in_shape
     hidden = min(max(channels, _MIN_WIDTH), _MAX_WIDTH)
-    parts: list[tuple[str, nn.Module]] = [
-        ("reduce", nn.AdaptiveAvgPool2d((math.ceil(height / 4), math.ceil(width / 4))))
-    ]
+    quarters = [math.ceil(side / 4) for side in sides]
+    parts: list[tuple[str, nn.Module]] = []
+    if site.parts is not None:
+        parts.append(("reduce", site.parts.avg_pool(tuple(quarters))))
     for idx in range(3):
-        parts += _conv_bn_relu(str(idx), channels if idx == 0 else hidden, hidden, kernel_size=1)
-    pooled = (min(2, math.ceil(height / 4)), min(2, math.ceil(width / 4)))
-    parts += [("pool", nn.AdaptiveAvgPool2d(pooled)), ("flatten", nn.Flatten())]
+        parts += _conv_bn_relu(site, str(idx), (channels if idx == 0 else hidden, hidden), kernel_size=1)
+    cells = _cells(site, quarters)
+    parts += _pooled(site, cells)
     for idx in range(3):
-        parts += _linear_bn_relu(f"_mlp{idx}", hidden * math.prod(pooled) if idx == 0 else hidden, hidden)
+        parts += _linear_bn_relu(f"_mlp{idx}", hidden * math.prod(cells) if idx == 0 else hidden, hidden)
     return nn.Sequential(OrderedDict([*parts, ("linear", nn.Linear(hidden, site.num_outputs))]))
 
 
 def _conv_head(site: HeadSite, filters: int) -> nn.Module:
-    channels, height, width = site.in_shape
-    pooled = (min(2, height), min(2, width))
+    channels, *sides = site.in_shape
     parts = [
-        *_conv_bn_relu("", channels, filters, kernel_size=3),
-        ("pool", nn.AdaptiveAvgPool2d(pooled)),
-        ("flatten", nn.Flatten()),
-        ("linear", nn.Linear(filters * math.prod(pooled), site.num_outputs)),
+        *_conv_bn_relu(site, "", (channels, filters), kernel_size=3),
+        *_pooled_linear(site, filters, _cells(site, sides)),
     ]
     return nn.Sequential(OrderedDict(parts))
+
+
+def _cells(site: HeadSite, sides: Sequence[int]) -> tuple[int, ...]:
+    """Returns what a head averages a map of these sides to."""
+    return tuple(min(site.parts.num_cells, side) for side in sides) if site.parts is not None else ()
+
+
+def _pooled_linear(site: HeadSite, channels: int, cells: tuple[int, ...]) -> Iterator[tuple[str, nn.Module]]:
+    yield from _pooled(site, cells)
+    yield "linear", nn.Linear(channels * math.prod(cells), site.num_outputs)
+
+
+def _pooled(site: HeadSite, cells: tuple[int, ...]) -> Iterator[tuple[str, nn.Module]]:
+    if site.parts is not None:
+        yield "pool", site.parts.avg_pool(cells)
+        yield "flatten", nn.Flatten()
 
 
 def _pyramid_depth(site: HeadSite) -> int:
@@ -181,14 +197,17 @@ def _taken_uniformly(widths: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def _conv_bn_relu(
-    suffix: str, channels: int, filters: int, kernel_size: int, stride: tuple[int, int] = (1, 1)
+    site: HeadSite, suffix: str, channels: tuple[int, int], kernel_size: int, stride: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the parts of one step from so many channels to so many; a vector takes a linear layer."""
+    parts = site.parts
+    if parts is None:
+        yield from _linear_bn_relu(f"_hidden{suffix}", *channels)
+        return
     # The padding keeps a map's size at stride 1, and halves it, rounded up, at 2; no bias, BN has one.
-    yield (
-        f"conv{suffix}",
-        nn.Conv2d(channels, filters, kernel_size, stride=stride, padding=kernel_size // 2, bias=False),
-    )
-    yield f"bn{suffix}", nn.BatchNorm2d(filters)
+    conv = parts.conv(*channels, kernel_size, stride=stride or 1, padding=kernel_size // 2, bias=False)
+    yield f"conv{suffix}", conv
+    yield f"bn{suffix}", parts.norm(channels[1])
     yield f"relu{suffix}", nn.ReLU(inplace=True)
 
 

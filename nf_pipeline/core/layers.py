@@ -15,6 +15,7 @@ from nf_pipeline.core.probe import has_values, probe_input, run_probe
 from nf_pipeline.core.trace import BY_HAND, mode_of, trace_model
 from nf_pipeline.core.user_code import user_code
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,10 @@ class CutModel:
     Invariants: `whole()` equals the uncut model; no parameter or buffer belongs to two pieces.
 
     Attributes:
-        layers: each maps x_NCHW to the next layer's input.
+        layers: each maps x_N to the next layer's input; from the first one's output on channels are the second axis.
         tail: the model's own classifier, features -> logits_NK.
         names: per layer, the path of its block or first module with weights in the uncut model.
-        out_shapes: per layer, one sample's output: (C, H, W), or (F,) where the last layer already pools.
+        out_shapes: per layer, one sample's output: (C, *sides), or (F,) where the layer already pools.
     """
 
     layers: tuple[nn.Module, ...]
@@ -40,27 +41,27 @@ class CutModel:
         return nn.Sequential(*self.layers, self.tail)
 
 
-def cut(model: nn.Module, image_shape: tuple[int, int, int]) -> CutModel:
+def cut(model: nn.Module, inputs: InputSpec) -> CutModel:
     """Cuts a model into layers (`find_cuts` has the rules) or takes the cut from its `nf_layers()`.
 
     Costs two forward passes of two samples in evaluation mode: the result is compared with the uncut model
     (shapes only when the model was built under FakeTensorMode).
 
     Args:
-        image_shape: (C, H, W) of one input.
+        inputs: what it takes.
 
     Raises:
         ConfigError: the model cannot be cut, a weight would belong to two layers, or the layers compute
             something else than the model.
     """
     with user_code(f"model {type(model).__name__} cannot be cut into layers", BY_HAND):
-        return _cut(model, image_shape)
+        return _cut(model, inputs)
 
 
-def _cut(model: nn.Module, image_shape: tuple[int, int, int]) -> CutModel:
-    names, modules = _layers_by_hand(model) if hasattr(model, "nf_layers") else _layers_by_trace(model)
+def _cut(model: nn.Module, inputs: InputSpec) -> CutModel:
+    names, modules = _layers_by_hand(model) if hasattr(model, "nf_layers") else _layers_by_trace(model, inputs)
     _check_nothing_shared(names, modules)
-    out_shapes = _probe(model, names, modules, image_shape)
+    out_shapes = _probe(model, names, modules, inputs)
     return CutModel(
         layers=tuple(modules[:-1]),
         tail=modules[-1],
@@ -69,11 +70,12 @@ def _cut(model: nn.Module, image_shape: tuple[int, int, int]) -> CutModel:
     )
 
 
-def _layers_by_trace(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
+def _layers_by_trace(model: nn.Module, inputs: InputSpec) -> tuple[list[str], list[nn.Module]]:
     recording = trace_model(model)
     reasons = [error for cls, error in recording.kept_whole.items() if _hides_convolutions(model, cls)]
     try:
-        pieces = find_cuts(model, recording.graph)
+        is_series = len(inputs.shape) == (1 if inputs.num_tokens else 2)
+        pieces = find_cuts(model, recording.graph, is_series=is_series)
     except ConfigError as error:
         if not reasons:
             raise
@@ -134,15 +136,13 @@ def _check_nothing_shared(names: list[str], modules: list[nn.Module]) -> None:
                 )
 
 
-def _probe(
-    model: nn.Module, names: list[str], modules: list[nn.Module], image_shape: tuple[int, int, int]
-) -> list[tuple[int, ...]]:
+def _probe(model: nn.Module, names: list[str], modules: list[nn.Module], inputs: InputSpec) -> list[tuple[int, ...]]:
     """Returns one sample's shape after each piece; compares what the last one gives with the uncut model."""
-    x_NCHW = probe_input(model, image_shape)
+    x_NCHW = probe_input(model, inputs)
     shapes = []
     with torch.no_grad(), mode_of(nn.ModuleList([model, *modules]), training=False):
         want_NK = run_probe(type(model).__name__, model, x_NCHW)
-        got = probe_input(model, image_shape)  # made anew: the model may have changed its input in place
+        got = probe_input(model, inputs)  # made anew: the model may have changed its input in place
         for name, module in zip(names, modules, strict=True):
             got = run_probe(f"layer {name}", module, got)
             shapes.append(tuple(got.shape[1:]))

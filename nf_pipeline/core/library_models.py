@@ -18,6 +18,7 @@ from torch import nn
 from nf_pipeline.core.model_checks import check_outputs, smallest_image
 from nf_pipeline.core.user_code import HostLimit, user_code
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec
 
 # Training them as published takes two more classifiers on the way, whose losses no single tensor of logits holds.
 _WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
@@ -42,25 +43,28 @@ class Library:
     why_not: Callable[[str], str]
 
 
-def build_from_library(name: str, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def build_from_library(name: str, inputs: InputSpec, num_outputs: int) -> nn.Module:
     """Builds a network that a library lists.
 
     Args:
         name: `torchvision:NAME` or `timm:NAME`.
-        image_shape: (C, H, W).
-        num_classes: number of outputs.
+        inputs: images that it takes.
+        num_outputs: numbers that it returns for an image.
 
     Raises:
-        ConfigError: the library is not installed, lists no such classifier, or the network does not take the images.
+        ConfigError: the library is not installed, lists no such classifier, or the network does not take the samples.
     """
     source, _, architecture = name.partition(":")
     library = LIBRARIES[source]
     if importlib.util.find_spec(source) is None:
         raise ConfigError(f"--model {name}: {source} is not installed", f"pip install 'nf_pipeline[{source}]'")
     _check_name(source, library, architecture)
+    if not inputs.is_image:
+        what = f"got samples of shape {inputs.shape}, want pictures (C, H, W)"
+        raise ConfigError(f"--model {name}: {what}", "--model package.module:factory for your own")
     with user_code(f"--model {name}: {source} cannot build it", "take another model"), HostLimit():
-        model = library.build(architecture, image_shape[0], num_classes)
-    _check_size(name, model, image_shape, num_classes)
+        model = library.build(architecture, inputs.shape[0], num_outputs)
+    _check_size(name, model, inputs, num_outputs)
     return model
 
 
@@ -75,11 +79,11 @@ def _check_name(source: str, library: Library, architecture: str) -> None:
     raise ConfigError(f"--model {source}:{architecture}: {reason}", hint)
 
 
-def _check_size(name: str, model: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
+def _check_size(name: str, model: nn.Module, inputs: InputSpec, num_outputs: int) -> None:
     try:
-        check_outputs(name, model, image_shape, num_classes)
+        check_outputs(name, model, inputs, num_outputs)
     except ConfigError as error:
-        size = smallest_image(model, image_shape) if error.__cause__ is not None else None
+        size = smallest_image(model, inputs.shape) if error.__cause__ is not None else None
         if size is None:
             raise
         raise ConfigError(error.what, f"--image-size {size}, or another model") from error.__cause__

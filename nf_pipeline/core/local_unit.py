@@ -16,8 +16,9 @@ from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.heads import build_head, head_site
 from nf_pipeline.core.layers import CutModel
 from nf_pipeline.core.layout import laid_out
-from nf_pipeline.core.objectives import CrossEntropy, UnitEnd, build_objective
+from nf_pipeline.core.objectives import CrossEntropy, Objective, UnitEnd, build_objective
 from nf_pipeline.plans import UnitSpan
+from nf_pipeline.samples import TargetSpec
 
 # Spreads (seed, unit) over seeds so that no two units of neighbouring seeds draw the same head.
 _SEED_STEP = 1_000_003
@@ -49,7 +50,7 @@ class LocalUnit(nn.Module):
         segment_layers: int = 0,
         *,
         is_last: bool = False,
-        objective: CrossEntropy | None = None,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
@@ -123,7 +124,7 @@ def build_units(
     cut_model: CutModel,
     head_name: str,
     spans: Sequence[UnitSpan],
-    num_classes: int,
+    target: TargetSpec,
     seed: int,
     units: range | None = None,
     *,
@@ -138,6 +139,7 @@ def build_units(
     Args:
         head_name: of every unit that names no other.
         spans: all units of the plan, in order.
+        target: what they predict.
         units: positions to build; None builds all.
         train: what units train for; None for units that only run, which have none of the weights for that.
 
@@ -151,20 +153,18 @@ def build_units(
         if is_last:
             head = cut_model.tail
         else:
-            site = head_site(cut_model.out_shapes, span.stop - 1, num_classes)
+            site = head_site(cut_model.out_shapes, span.stop - 1, target.size)
             head = build_head(span.head or head_name, site, unit_seed)
         objective = None
         if train is not None:
-            objective = _objective(
-                train, cut_model.out_shapes[span.stop - 1], num_classes, unit_seed, is_last=is_last
-            )
+            objective = _objective(train, cut_model.out_shapes[span.stop - 1], target, unit_seed, is_last=is_last)
         layers = cut_model.layers[span.start : span.stop]
         built.append(LocalUnit(layers, head, span.segment_layers, is_last=is_last, objective=objective))
     return built
 
 
 def _objective(
-    train: TrainConfig, out_shape: tuple[int, ...], num_classes: int, unit_seed: int, *, is_last: bool
-) -> CrossEntropy:
-    end = UnitEnd(out_shape=out_shape, num_outputs=num_classes, label_smoothing=train.label_smoothing)
-    return build_objective("cross_entropy" if is_last else train.loss, end, _OBJECTIVE_SEEDS + unit_seed)
+    train: TrainConfig, out_shape: tuple[int, ...], target: TargetSpec, unit_seed: int, *, is_last: bool
+) -> Objective:
+    end = UnitEnd(out_shape=out_shape, target=target, label_smoothing=train.label_smoothing, is_last=is_last)
+    return build_objective(train.loss, end, _OBJECTIVE_SEEDS + unit_seed)

@@ -9,10 +9,13 @@ from torch import nn
 from nf_pipeline.core.factory_models import build_by_factory
 from nf_pipeline.core.library_models import build_from_library
 from nf_pipeline.core.registry import build_registered
+from nf_pipeline.core.spatial import PARTS
+from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec
 from nf_pipeline.trust import is_factory
 
 
-def build_model(name: str, *, image_shape: tuple[int, int, int], num_classes: int, seed: int) -> nn.Module:
+def build_model(name: str, *, inputs: InputSpec, num_outputs: int, seed: int) -> nn.Module:
     """Builds a network with float32 weights on the CPU; the same seed gives the same weights.
 
     torch's global generator is left as it was. Under FakeTensorMode the weights are fake; networks of libraries that
@@ -20,29 +23,40 @@ def build_model(name: str, *, image_shape: tuple[int, int, int], num_classes: in
 
     Args:
         name: of the registry; `torchvision:NAME` or `timm:NAME`, the library's own network with fresh weights; or
-            `package.module:factory`, called with those of `num_classes` and `image_shape` that it accepts.
-        image_shape: (C, H, W).
-        num_classes: number of outputs.
+            `package.module:factory`, called with what it accepts of `input_shape`, `num_outputs` and others.
+        inputs: what it takes.
+        num_outputs: numbers that it returns for a sample.
 
     Raises:
-        ConfigError: unknown name, image too small, or a factory that cannot be imported, fails, or returns
-            something else than a module with `num_classes` outputs.
+        ConfigError: unknown name, samples that the network does not take, or a factory that cannot be imported,
+            fails, or returns something else than a module with `num_outputs` outputs.
     """
     # devices=[]: weights are made on the CPU, whatever accelerators there are.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if is_factory(name):
-            return build_by_factory(name, image_shape, num_classes)
+            return build_by_factory(name, inputs, num_outputs)
         if ":" in name:
-            return build_from_library(name, image_shape, num_classes)
-        return build_registered(name, image_shape, num_classes)
+            return build_from_library(name, inputs, num_outputs)
+        return build_registered(name, inputs, num_outputs)
 
 
-def suggest_model(image_shape: tuple[int, int, int], num_train: int) -> str:
-    """Names the default network: `convnet` for images below 32 pixels or few of them, else `vgg11_bn`.
+def suggest_model(inputs: InputSpec, num_train: int) -> str:
+    """Names the default network: `vgg11_bn` for images of 32 pixels or more and enough of them, else `convnet`.
 
     Args:
-        image_shape: (C, H, W).
-        num_train: training images; fewer than 1,000 are too few for millions of weights. [ours]
+        inputs: what it takes.
+        num_train: training samples; fewer than 1,000 are too few for millions of weights. [ours]
+
+    Raises:
+        ConfigError: no network here takes such samples.
     """
-    return "convnet" if min(image_shape[1:]) < 32 or num_train < 1000 else "vgg11_bn"
+    if inputs.num_tokens or len(inputs.shape) - 1 not in PARTS:
+        kind = "tokens" if inputs.num_tokens else "numbers"
+        raise ConfigError(
+            f"--model: none is the default for samples of shape {inputs.shape}, {kind}",
+            "name your own: --model package.module:factory",
+        )
+    if not inputs.is_image or min(inputs.shape[1:]) < 32 or num_train < 1000:
+        return "convnet"
+    return "vgg11_bn"

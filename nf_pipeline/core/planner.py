@@ -12,16 +12,19 @@ import torch
 
 from nf_pipeline.config import AUTO, MemoryConfig, RunConfig
 from nf_pipeline.core.drafts import PlanJob
+from nf_pipeline.core.early_exits import check_exits
 from nf_pipeline.core.heads import AUTO_HEAD, check_head_name
 from nf_pipeline.core.layers import CutModel, cut
 from nf_pipeline.core.memory import free_bytes, total_bytes
 from nf_pipeline.core.models import build_model, suggest_model
-from nf_pipeline.core.objectives import check_objective_name
-from nf_pipeline.core.profiler import Shape, count_params, forward_flops, free_probes
+from nf_pipeline.core.objectives import check_objective
+from nf_pipeline.core.profiler import count_params, forward_flops, free_probes
+from nf_pipeline.core.sample_changes import check_changes
 from nf_pipeline.core.search import search_plan
 from nf_pipeline.core.train_step import resolve_device
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.plans import LayerSpec, Plan, StoreRates
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +32,8 @@ logger = logging.getLogger(__name__)
 def make_plan(
     cfg: RunConfig,
     *,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
+    inputs: InputSpec,
+    target: TargetSpec,
     split_rows: dict[str, int],
     worker_memory_bytes: Sequence[int] = (),
     rates: StoreRates | None = None,
@@ -41,8 +44,8 @@ def make_plan(
 
     Args:
         cfg: the run's configuration.
-        image_shape: (C, H, W) of the stored images.
-        num_classes: K.
+        inputs: what a stored sample is.
+        target: what is to be predicted.
         split_rows: samples per split; needs "train", and "val" where it is stored. No batch is larger than the
             train split.
         worker_memory_bytes: what each class of workers may hold; read where the budget is "auto", when blocks are
@@ -53,19 +56,22 @@ def make_plan(
 
     Raises:
         PlanError: the budget is too small; names the layer and the smallest budget.
-        ConfigError: the model cannot be built, cut or predicted, the train split is smaller than the smallest
-            batch, or the budget is "auto" and no worker says what it has.
+        ConfigError: the model cannot be built, cut or predicted, samples cannot be changed or trained for as the
+            configuration says, the train split is smaller than the smallest batch, or the budget is "auto" and no
+            worker says what it has.
     """
     _check_train_rows(split_rows["train"], cfg.memory)
-    check_objective_name(cfg.train.loss)
+    check_objective(cfg.train, target)
+    check_changes(cfg.train, inputs)
+    check_exits(cfg.exits, target)
     if cfg.train.head != AUTO_HEAD:
         check_head_name(cfg.train.head)
-    name = cfg.model.name or suggest_model(image_shape, split_rows["train"])
-    model = build_model(name, image_shape=image_shape, num_classes=num_classes, seed=cfg.train.seed)
+    name = cfg.model.name or suggest_model(inputs, split_rows["train"])
+    model = build_model(name, inputs=inputs, num_outputs=target.size, seed=cfg.train.seed)
     params_full = count_params(model)
-    cut_model, device = cut(model, image_shape), resolve_device(cfg.train.device)
+    cut_model, device = cut(model, inputs), resolve_device(cfg.train.device)
     started = time.perf_counter()
-    layers, flops_full = _describe_layers(cut_model, image_shape)
+    layers, flops_full = _describe_layers(cut_model, inputs)
     memory, cap_name = _limit_batches(cfg.memory, split_rows["train"])
     job = PlanJob(
         cfg=cfg,
@@ -73,8 +79,8 @@ def make_plan(
         budgets=_budgets(cfg.memory, worker_memory_bytes, device),
         cap_name=cap_name,
         cut_model=cut_model,
-        in_shapes=(image_shape, *cut_model.out_shapes),
-        num_classes=num_classes,
+        inputs=inputs,
+        target=target,
         split_rows=split_rows,
         device=device,
         is_exhaustive=is_exhaustive,
@@ -85,8 +91,8 @@ def make_plan(
     logger.info("%s in %.1f s: %s, %d blocks", name, profile_s, chosen.proposal.name, len(chosen.blocks))
     return Plan(
         model=name,
-        num_classes=num_classes,
-        image_shape=image_shape,
+        inputs=inputs,
+        target=target,
         budget_bytes=job.budgets[0] if cfg.memory.budget_bytes == AUTO else cfg.memory.budget_bytes,
         layers=layers,
         units=chosen.units,
@@ -103,8 +109,8 @@ def make_plan(
 def _check_train_rows(train_rows: int, cfg: MemoryConfig) -> None:
     if train_rows < cfg.min_batch_size:
         raise ConfigError(
-            f"train split: got {train_rows} images, want at least memory.min_batch_size ({cfg.min_batch_size})",
-            "add training images, or lower memory.min_batch_size (2 or more)",
+            f"train split: got {train_rows} samples, want at least memory.min_batch_size ({cfg.min_batch_size})",
+            "add training samples, or lower memory.min_batch_size (2 or more)",
         )
 
 
@@ -129,9 +135,9 @@ def _budgets(cfg: MemoryConfig, worker_memory_bytes: Sequence[int], device: torc
     )
 
 
-def _describe_layers(cut_model: CutModel, image_shape: Shape) -> tuple[tuple[LayerSpec, ...], int]:
+def _describe_layers(cut_model: CutModel, inputs: InputSpec) -> tuple[tuple[LayerSpec, ...], int]:
     """Returns the layers and the flops of the whole uncut model."""
-    flops = forward_flops([*cut_model.layers, cut_model.tail], image_shape)
+    flops = forward_flops([*cut_model.layers, cut_model.tail], inputs)
     layers = tuple(
         LayerSpec(
             layer_idx=layer_idx,

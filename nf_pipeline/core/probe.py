@@ -20,36 +20,40 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
+from nf_pipeline.core import stand_ins
 from nf_pipeline.core.memory import LiveBytes
 from nf_pipeline.core.user_code import check_host_memory, user_code
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 UNTRACEABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 """What fake tensors raise for operators that need values, not only shapes."""
 
-# Two samples of so many bytes (600x600 pixels of colour) cannot exhaust a machine: the check would cost more.
+# Two pictures of so many bytes (600x600 pixels of colour) cannot exhaust a machine: the check would cost more. What a
+# layer makes of a vector, a sequence or a volume can be far larger than they are.
 _CHECKED_BYTES = 8 * 2**20
+_PICTURES_DIM = 4
 # With a single sample, an operation that mixes up the batch dimension could pass.
 _NUM_SAMPLES = 2
 
 
-def probe_input(model: nn.Module, image_shape: tuple[int, int, int]) -> torch.Tensor:
-    """Makes the same two random samples every time, float32, on the device of the model's weights.
+def probe_input(model: nn.Module, inputs: InputSpec) -> torch.Tensor:
+    """Makes the same two random samples every time, as `stand_ins.noise`, on the device of the model's weights.
 
     Leaves torch's global generator alone. For fake weights the samples are fake.
     """
     weight = next(model.parameters(), None)
     if isinstance(weight, FakeTensor):
         with weight.fake_mode:
-            return torch.zeros(_NUM_SAMPLES, *image_shape, device=weight.device)
+            return stand_ins.zeros(inputs, _NUM_SAMPLES, weight.device)
     generator = torch.Generator(device="cpu").manual_seed(0)
-    x_NCHW = torch.randn(_NUM_SAMPLES, *image_shape, generator=generator, device="cpu")
-    return x_NCHW if weight is None else x_NCHW.to(weight.device)
+    x_N = stand_ins.noise(inputs, _NUM_SAMPLES, generator=generator)
+    return x_N if weight is None else x_N.to(weight.device)
 
 
-def run_probe(what: str, module: nn.Module, x_NCHW: torch.Tensor) -> torch.Tensor:
+def run_probe(what: str, module: nn.Module, x_N: torch.Tensor) -> torch.Tensor:
     """Runs a module on what `probe_input` made, or on another module's output.
 
     Args:
@@ -59,11 +63,13 @@ def run_probe(what: str, module: nn.Module, x_NCHW: torch.Tensor) -> torch.Tenso
         ConfigError: it fails, returns anything but one float32 tensor with a row per sample, or would need more
             memory than this machine has.
     """
-    where = f"{what} fails on an input of shape {tuple(x_NCHW.shape)}"
-    with user_code(where, "change the model, or the size of the images with --image-size"):
-        if x_NCHW.nbytes > _CHECKED_BYTES and has_values(x_NCHW):
-            check_host_memory(_forward_bytes(module, x_NCHW), "its activations take")
-        out = module(x_NCHW)
+    where = f"{what} fails on an input of shape {tuple(x_N.shape)}"
+    is_picture = x_N.dim() == _PICTURES_DIM
+    fix = "change the model, or the size of the images with --image-size" if is_picture else "change the model"
+    with user_code(where, fix):
+        if (x_N.nbytes > _CHECKED_BYTES or not is_picture) and has_values(x_N):
+            check_host_memory(_forward_bytes(module, x_N), "its activations take")
+        out = module(x_N)
     if not isinstance(out, torch.Tensor) or out.dim() < 2 or out.shape[0] != _NUM_SAMPLES:
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise ConfigError(
@@ -75,12 +81,12 @@ def run_probe(what: str, module: nn.Module, x_NCHW: torch.Tensor) -> torch.Tenso
     return out
 
 
-def _forward_bytes(module: nn.Module, x_NCHW: torch.Tensor) -> int:
+def _forward_bytes(module: nn.Module, x_N: torch.Tensor) -> int:
     """Returns the most bytes that the pass holds at once, counted on fake tensors; 0 where these do not work."""
     meter = LiveBytes(torch.device("cpu"))
     # What fails on fake tensors only is tried as it is.
     with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True) as fakes, meter:
-        fake_copy(module, fakes)(fakes.from_tensor(x_NCHW))
+        fake_copy(module, fakes)(fakes.from_tensor(x_N))
     return meter.peak_bytes
 
 

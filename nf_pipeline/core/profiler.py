@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nf_pipeline.config import TrainConfig
+from nf_pipeline.core import stand_ins
 from nf_pipeline.core.frozen import FrozenUnits, without_head
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import LocalUnit
@@ -34,11 +35,15 @@ from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.core.user_code import user_code
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.plans import UnitProfile, UnitSpan
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 Shape = tuple[int, ...]
 
 # BatchNorm takes no batch of 1.
 _FIRST_BATCH = 2
+
+# What a label of a class takes does not depend on how many there are.
+_ANY_CLASSES = TargetSpec(size=2)
 
 _FIX_STEP = "change the model: its layers must train on any batch of two samples or more"
 
@@ -51,10 +56,11 @@ class StepProbe:
 
     Args:
         units: on the CPU; left as they are.
-        in_shape: (C, H, W) of one sample at the block's input.
+        inputs: of one sample at the block's input.
         train: optimiser, precision and mixup.
         device: "cpu" predicts on fake tensors, "cuda" measures.
-        frozen: trained units whose layers run on every batch first; `in_shape` is then at the input of these.
+        target: what labels are.
+        frozen: trained units whose layers run on every batch first; `inputs` is then at the input of these.
 
     Attributes:
         resident_bytes: weights, buffers, optimiser state and losses: what stays while other units train.
@@ -66,13 +72,15 @@ class StepProbe:
     def __init__(
         self,
         units: Sequence[LocalUnit],
-        in_shape: Shape,
+        inputs: InputSpec,
         *,
         train: TrainConfig,
         device: torch.device,
+        target: TargetSpec = _ANY_CLASSES,
         frozen: Sequence[LocalUnit] = (),
     ) -> None:
-        self._in_shape = in_shape
+        self._inputs = inputs
+        self._target = target
         self._precision = train.precision
         self._mixup = train.mixup
         self._device = device
@@ -148,7 +156,7 @@ class StepProbe:
                     self._units,
                     self._optimizers,
                     self._input(batch_size),
-                    torch.zeros(batch_size, dtype=torch.int64, device=self._device),
+                    stand_ins.labels(self._target, batch_size, self._device),
                     self._precision,
                     mix=any_mix(self._mixup, batch_size, self._device),
                 )
@@ -165,7 +173,7 @@ class StepProbe:
         return self._stored(batch_size) if self._frozen is None else self._frozen.output(self._stored(batch_size))
 
     def _stored(self, batch_size: int) -> torch.Tensor:
-        return laid_out(torch.zeros(batch_size, *self._in_shape, device=self._device))
+        return laid_out(stand_ins.zeros(self._inputs, batch_size, self._device))
 
     def _copy(self, unit: LocalUnit) -> LocalUnit:
         if self._fakes is None:
@@ -179,21 +187,23 @@ class StepProbe:
 def profile_unit(
     unit: LocalUnit,
     span: UnitSpan,
-    shapes: tuple[Shape, Shape],
+    ends: tuple[InputSpec, InputSpec],
     *,
     train: TrainConfig,
     device: torch.device,
     batch_sizes: Sequence[int],
+    target: TargetSpec = _ANY_CLASSES,
 ) -> UnitProfile:
     """Profiles a unit alone: its weights, gradients, optimiser state, activations, batch and labels.
 
     Args:
         unit: on the CPU; left as it is.
         span: its layers.
-        shapes: of one sample, at the input and at the output of its layers.
+        ends: one sample at the input and at the output of its layers.
         train: optimiser and precision.
         device: "cpu" predicts, "cuda" measures.
         batch_sizes: from `probe_batch_sizes`.
+        target: what labels are.
 
     Returns:
         The profile of unit 0.
@@ -202,7 +212,7 @@ def profile_unit(
         ConfigError: the unit's memory cannot be predicted.
     """
     # The probe ends with this function: a GPU counts what another one holds.
-    probe = StepProbe([unit], shapes[0], train=train, device=device)
+    probe = StepProbe([unit], ends[0], train=train, device=device, target=target)
     slope, constant = fit_line({batch_size: probe.peak_bytes(batch_size) for batch_size in batch_sizes})
     return UnitProfile(
         unit_idx=0,
@@ -214,7 +224,7 @@ def profile_unit(
         constant_bytes=constant,
         resident_bytes=probe.resident_bytes,
         head_params=count_params(unit.head),
-        head_flops=forward_flops([unit.head], shapes[1])[0],
+        head_flops=forward_flops([unit.head], ends[1])[0],
     )
 
 
@@ -255,19 +265,19 @@ def fit_line(peak_bytes: dict[int, int]) -> tuple[int, int]:
     return slope, max(peak - slope * size for size, peak in peak_bytes.items())
 
 
-def forward_flops(modules: Sequence[nn.Module], in_shape: Shape) -> list[int]:
+def forward_flops(modules: Sequence[nn.Module], inputs: InputSpec) -> list[int]:
     """Counts multiply-adds x 2 of one sample through each of a chain of modules, on fake tensors.
 
     Args:
         modules: each takes what the one before returns; left as they are.
-        in_shape: of one sample at the first.
+        inputs: one sample at the first.
     """
     counts = []
     failure = user_code(
         "model: a forward pass of one sample fails", "change the model: every layer must take any batch"
     )
     with failure, FakeTensorMode(allow_non_fake_inputs=True) as fakes, torch.no_grad():
-        value = torch.zeros(1, *in_shape)
+        value = stand_ins.zeros(inputs, 1)
         for module in modules:
             with FlopCounterMode(display=False) as counter:
                 value = fake_copy(module, fakes).eval()(value)

@@ -194,7 +194,7 @@ def _time_model(job: PlanJob) -> TimeModel:
         is_layer = key.kind == "layer"
         return Part(
             module=job.cut_model.layers[key.layer] if is_layer else _on_output(job, key),
-            in_shape=job.in_shapes[key.layer if is_layer else key.layer + 1],
+            inputs=job.ends[key.layer if is_layer else key.layer + 1],
             largest_batch=_largest_batch(job, key.layer),
             is_first=is_layer and key.layer == 0,
         )

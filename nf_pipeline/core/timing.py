@@ -20,9 +20,11 @@ import torch
 from torch import nn
 
 from nf_pipeline.config import TrainConfig
+from nf_pipeline.core import stand_ins
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.train_step import autocast, make_optimizer
 from nf_pipeline.core.user_code import user_code
+from nf_pipeline.samples import InputSpec
 
 GRID = (2, 8, 32, 128)
 
@@ -53,13 +55,13 @@ class Part:
 
     Attributes:
         module: on the CPU; left as it is.
-        in_shape: of one sample.
+        inputs: one sample.
         largest_batch: that memory allows.
         is_first: no gradient flows to its input.
     """
 
     module: nn.Module
-    in_shape: tuple[int, ...]
+    inputs: InputSpec
     largest_batch: int
     is_first: bool = False
 
@@ -167,7 +169,7 @@ class _TimedPart:
     def __init__(self, part: Part, size: int, train: TrainConfig, device: torch.device) -> None:
         self._module = copy.deepcopy(part.module).to(device)
         self._mode = partial(autocast, device, train.precision)
-        self._x_N = laid_out(torch.randn(size, *part.in_shape, device=device)).requires_grad_(not part.is_first)
+        self._x_N = laid_out(stand_ins.noise(part.inputs, size, device)).requires_grad_(not part.is_first)
         self._copies_input = False
         with torch.no_grad(), self._mode():
             self._g_N = torch.ones_like(self._module.eval()(self._x_N.clone()))

@@ -20,7 +20,7 @@ from nf_pipeline.errors import ConfigError
 
 BY_HAND = (
     "change the module, or give the model a method nf_layers(self) that returns its modules in order, "
-    "the last one being the classifier"
+    "the last one being the classifier; each takes what the one before returns, channels first"
 )
 
 

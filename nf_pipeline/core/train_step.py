@@ -5,7 +5,7 @@ of the code that trains. What a unit is trained for is its own (`nf_pipeline.cor
 data, schedules, checkpoints or what a loss should look like: losses stay tensors, because reading one (`.item()`)
 would wait for the GPU at every step. Entry function: `train_step`.
 
-Shapes: N batch, C channels, H, W, K classes.
+Shapes: N batch, C channels, H, W, K outputs; samples of other ranks than pictures have other sides.
 """
 
 import contextlib
@@ -75,8 +75,8 @@ def train_step(
     Args:
         units: in order, in train mode.
         optimizers: one per unit, from `make_optimizer`.
-        x_NCHW: the block's input, float32, on the units' device.
-        y_N: int64 class indices, same device.
+        x_NCHW: the block's input, float32, or int64 tokens, on the units' device.
+        y_N: int64 class indices, or float32 standardised values [N, K], same device.
         precision: bf16 runs forward passes and losses under autocast.
         reduce: called with each unit between its backward pass and its optimiser step, to change the gradients
             in place: workers that share a batch average theirs.

@@ -11,6 +11,7 @@ from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.cache_policy import IMAGES
 from nf_pipeline.core.drafts import Draft
 from nf_pipeline.core.heads import AUTO_HEAD
+from nf_pipeline.core.objectives import looks_at_output
 
 
 def name_unused(train: TrainConfig, draft: Draft) -> Draft:
@@ -38,10 +39,11 @@ def _of_stored_activations(train: TrainConfig, draft: Draft) -> Iterator[str]:
 def _of_local_units(train: TrainConfig, draft: Draft) -> Iterator[str]:
     if len(draft.units) > 1:
         return
-    for field in ("loss", "head"):
-        # Heads that are left to the planner are named by it, here too.
-        if (value := getattr(train, field)) not in (_default(field), AUTO_HEAD):
-            yield f"train.{field} {value} without effect: one unit, which is plain backpropagation"
+    one_unit = "without effect: one unit, which is plain backpropagation"
+    if looks_at_output(train.loss):  # any other loss is the one unit's
+        yield f"train.loss {train.loss} {one_unit}"
+    if train.head not in (_default("head"), AUTO_HEAD):  # what is left to the planner is named by it
+        yield f"train.head {train.head} {one_unit}"
 
 
 def _default(field: str) -> object:

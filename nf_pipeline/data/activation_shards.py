@@ -23,6 +23,7 @@ from nf_pipeline.storage.shards import RELEASED_FIX, TensorSpec, read_shard
 from nf_pipeline.storage.store import open_store
 
 COLUMN = "tensor"
+LABEL_COLUMN = "label"
 
 
 class ActivationShards:
@@ -98,7 +99,8 @@ class ActivationShards:
 
         Returns:
             The same columns; `tensor` is now [N, *spec.shape] of the stored dtype, or float32 for bfloat16, which
-            numpy lacks, and for uint8, whose bytes stand for other numbers.
+            numpy lacks, and for uint8, whose bytes stand for other numbers. A `label` of values, which is bytes as
+            well, is float32 [N, K].
 
         Raises:
             DataError: there is no such column, or a row has another number of bytes.
@@ -112,7 +114,11 @@ class ActivationShards:
                 f"batch: {len(rows)} rows have {len(flat)} bytes, want {self.spec.nbytes} each",
                 "decode shards with the `ActivationShards` that named them",
             )
-        return {**batch, COLUMN: _numbers(flat, self.spec)}
+        decoded = {**batch, COLUMN: _numbers(flat, self.spec)}
+        if self.spec.label_values and LABEL_COLUMN in batch:
+            values = np.frombuffer(b"".join(batch[LABEL_COLUMN]), np.float32)
+            decoded[LABEL_COLUMN] = values.reshape(-1, self.spec.label_values)
+        return decoded
 
     def to_ray(self, **read_arguments: Any) -> Any:
         """Returns a `ray.data.Dataset` of the decoded shards: columns tensor, sample_id, label.

@@ -27,8 +27,13 @@ class Unusable:
     reason: str
 
 
+class Undecodable(Exception):
+    """A sample cannot be decoded; the text says why."""
+
+
 StoredImage = bytes | np.ndarray | Image.Image | Unusable
-"""An encoded file, uint8 pixels of shape [H, W] or [H, W, C] with C of 1, 3 or 4, or what Pillow opened."""
+"""An encoded file, uint8 pixels of shape [H, W] or [H, W, C] with C of 1, 3 or 4, what Pillow opened, or a tensor: an
+array of another type or rank, channels first."""
 
 ImageCell = StoredImage | Callable[[], StoredImage]
 """A callable is fetched by the thread that decodes it, so that slow disks are read in parallel."""
@@ -47,7 +52,7 @@ class RawImage(NamedTuple):
 
 
 class Source(Protocol):
-    """A labelled set of images in one or more splits; labels are read without touching images.
+    """A labelled set of images, or tensors, in one or more splits; labels are read without touching images.
 
     Attributes:
         name: short, for summaries, such as "digits".
@@ -59,7 +64,7 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names by label, or None where labels are bare numbers."""
+        """Names by label, or None where labels are bare numbers or values."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -71,10 +76,12 @@ class Source(Protocol):
         ...
 
     def labels(self, split: Split) -> np.ndarray:
-        """Returns the label of every row, int64 [num_rows]; range checks are the caller's.
+        """Returns the label of every row: classes, int64 [num_rows], or finite values, float32 [num_rows, K].
+
+        Range checks of classes are the caller's.
 
         Raises:
-            DataError: no label column, or a label that is no whole number or name.
+            DataError: no label column, or a label that is no number or name, not finite or of another length.
         """
         ...
 

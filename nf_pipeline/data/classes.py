@@ -1,17 +1,21 @@
-"""Checks the labels of a whole source before any image is read, and names the classes.
+"""Checks the labels of a whole source before any image is read, settles what they are, and names the classes.
 
 Knows nothing of where labels come from. Entry: `read_labels`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from nf_pipeline.data.base import Source, Split
 from nf_pipeline.errors import DataError
+from nf_pipeline.samples import TargetSpec
 
 MAX_NAME_CHARS = 1000
 """Characters of a class's name: every record of the run repeats all names."""
+
+_MOST_WHOLE = 2**24  # from here on float32 skips whole numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,27 +23,54 @@ class Labels:
     """Checked labels.
 
     Attributes:
-        by_split: int64 per split that the data brings, each in [0, len(class_names)).
-        class_names: by label; numbers as text where the data has no names.
+        by_split: per split that the data brings: int64 [N], each in [0, len(class_names)), or float32 [N, K].
+        class_names: by label; numbers as text where the data has no names. Empty where labels are values.
     """
 
     by_split: dict[Split, np.ndarray]
     class_names: tuple[str, ...]
 
+    @property
+    def target(self) -> TargetSpec:
+        """What is to be predicted."""
+        if self.class_names:
+            return TargetSpec(size=len(self.class_names))
+        return TargetSpec(kind="values", size=self.by_split["train"].shape[1])
 
-def read_labels(source: Source) -> Labels:
+    @property
+    def num_strata(self) -> int:
+        """Groups of rows that every split has its share of: the classes; of values one."""
+        return max(1, len(self.class_names))
+
+    @property
+    def strata(self) -> dict[Split, np.ndarray]:
+        """The group of every row, int64 [N]."""
+        if self.class_names:
+            return self.by_split
+        return {split: np.zeros(len(labels), np.int64) for split, labels in self.by_split.items()}
+
+
+def read_labels(source: Source, target: Literal["auto", "class", "values"] = "auto") -> Labels:
     """Reads and checks every label of every split.
 
+    Args:
+        source: whose labels are int64 where they are classes, float32 where they are values.
+        target: "class" takes whole values for classes, "values" numbered classes for one value each.
+
     Raises:
-        DataError: a label is null, negative or out of range, a split has no rows, fewer than two classes,
-            or a class has no image in train; names the file, the row and the column of the first one.
+        DataError: a label is null, negative, out of range or not what `target` says, a split has no rows, fewer than
+            two classes, or a class has no image in train; names the file, the row and the column of the first one.
     """
     if "train" not in source.splits:
         raise DataError(
             f"{source.name}: split train is empty: the data brings only {', '.join(source.splits)}",
             "add a train split, or rename the files of the one there is",
         )
-    by_split = {split: source.labels(split) for split in source.splits}
+    by_split = {split: _settled(source, split, source.labels(split), target) for split in source.splits}
+    for split, labels in by_split.items():
+        _check_rows(source, split, labels)
+    if by_split["train"].ndim == 2:
+        return Labels(by_split=by_split, class_names=())
     for split, labels in by_split.items():
         _check_range(source, split, labels)
     names = source.class_names or tuple(str(label) for label in _numbered(source, by_split))
@@ -75,9 +106,54 @@ def check_label_range(source: Source, split: Split, labels: np.ndarray, num_clas
     )
 
 
-def _check_range(source: Source, split: Split, labels: np.ndarray) -> None:
+def settled_values(source: Source, split: Split, labels: np.ndarray) -> np.ndarray:
+    """Returns labels as values, float32 [N, K]; numbered classes as one value each.
+
+    Raises:
+        DataError: the classes have names other than their numbers.
+    """
+    if labels.ndim == 2:
+        return labels
+    names = source.class_names or ()
+    if names != tuple(str(label) for label in range(len(names))):
+        raise DataError(
+            f"{source.where(split, 0, 'label')}: the label is one of {len(names)} named classes, want values",
+            "--set data.target=class, or a label column with numbers",
+        )
+    return labels[:, None].astype(np.float32)
+
+
+def settled_classes(source: Source, split: Split, labels: np.ndarray) -> np.ndarray:
+    """Returns labels as classes, int64 [N]; one whole value for each row as the number of its class.
+
+    Raises:
+        DataError: there are several, or one that is not whole; names the row.
+    """
+    if labels.ndim == 1:
+        return labels
+    wrong = (labels != np.rint(labels)).any(axis=1) if labels.shape[1] == 1 else np.ones(len(labels), bool)
+    wrong |= (np.abs(labels) >= _MOST_WHOLE).any(axis=1)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise DataError(
+            f"{source.where(split, row, 'label')}: label {labels[row].tolist()[:5]}, want the number of a class",
+            "--set data.target=values, or a label column with whole numbers or text",
+        )
+    return labels[:, 0].astype(np.int64)
+
+
+def _settled(source: Source, split: Split, labels: np.ndarray, target: str) -> np.ndarray:
+    if target == "auto":
+        return labels
+    return settled_values(source, split, labels) if target == "values" else settled_classes(source, split, labels)
+
+
+def _check_rows(source: Source, split: Split, labels: np.ndarray) -> None:
     if len(labels) == 0:
         raise DataError(f"{source.name}: split {split} is empty", f"add rows to {split}, or remove its files")
+
+
+def _check_range(source: Source, split: Split, labels: np.ndarray) -> None:
     names = source.class_names
     check_label_range(source, split, labels, len(names) if names else None)
 

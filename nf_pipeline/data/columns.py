@@ -1,10 +1,11 @@
-"""Finds the image and label columns of a Parquet schema, and turns their cells into images and numbers.
+"""Finds the image (or tensor) and label columns of a Parquet schema, and turns their cells into arrays.
 
 Knows nothing of files or splits. Entry: `find_image_column`, `find_label_column`, `image_cells`.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +13,24 @@ import pyarrow.compute as pc
 
 from nf_pipeline.data.base import StoredImage, Unusable
 from nf_pipeline.data.ray_tensors import RayTensor, ray_tensor_of
+from nf_pipeline.data.tensors import holds_numbers, is_image
 from nf_pipeline.errors import DataError
 from nf_pipeline.storage.shards import spec_of_field
 
 LABEL_NAMES = ("label", "labels", "target", "class")
-IMAGE_NAMES = ("image", "images", "img", "tensor")
+IMAGE_NAMES = (
+    "image",
+    "images",
+    "img",
+    "tensor",
+    "input",
+    "inputs",
+    "input_ids",
+    "tokens",
+    "series",
+    "volume",
+    "observation",
+)
 
 _CHANNELS = (1, 3, 4)
 _SHOWN_COLUMNS = 20
@@ -26,27 +40,28 @@ _FIX_LABEL = "name the label column: --set data.label_column=NAME, or --label-co
 Cells = Callable[[pa.Array], Iterator[StoredImage]]
 
 
-def find_image_column(schema: pa.Schema, given: str | None, file: str) -> str:
-    """Finds the column that holds images: the one of an image's type, or the one with an image's name.
+def find_image_column(schema: pa.Schema, given: str | None, file: str, label: str | None = None) -> str:
+    """Finds the column that holds images, or tensors: the one of such a type, or of several the one with such a name.
 
     Args:
         schema: of one file.
         given: the name that the user gave, if any.
         file: for errors.
+        label: the name of the label column that the user gave, if any.
 
     Raises:
-        DataError: missing, not an image, none found, or several that could be meant.
+        DataError: missing, neither image nor tensor, none found, or several that could be meant.
     """
     if given is not None:
         _require(schema, given, file, _FIX_IMAGE)
         if image_rank(schema.field(given)) is None:
             raise DataError(
                 f"{file}, column {given!r}: type {schema.field(given).type} holds no images, want "
-                "struct<bytes, path>, binary or a uint8 tensor",
+                "struct<bytes, path>, binary, or a tensor or lists of numbers",
                 _FIX_IMAGE,
             )
         return given
-    best = likeliest_images({field.name: image_rank(field) for field in schema})
+    best = likeliest_images({field.name: image_rank(field) for field in schema}, label)
     if len(best) != 1:
         problem = f"columns {best} could all be the image" if best else "no column holds images"
         raise DataError(
@@ -57,13 +72,16 @@ def find_image_column(schema: pa.Schema, given: str | None, file: str) -> str:
     return best[0]
 
 
-def likeliest_images(ranks: Mapping[str, int | None]) -> list[str]:
+def likeliest_images(ranks: Mapping[str, int | None], label: str | None = None) -> list[str]:
     """Returns the columns that are images most surely: of the best rank, and of those the ones with an image's name.
 
     Args:
         ranks: column -> see `image_rank`.
+        label: of these columns the one with the labels, if that is known; else one with a label's name is taken for
+            nothing but labels, unless there is no other.
     """
-    found = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
+    found = sorted((rank, name) for name, rank in ranks.items() if rank is not None and name != label)
+    found = [(rank, name) for rank, name in found if label or name.lower() not in LABEL_NAMES] or found
     best = [name for rank, name in found if rank == found[0][0]]
     if len(best) > 1:
         best = [name for name in best if name.lower() in IMAGE_NAMES] or best
@@ -74,7 +92,7 @@ def find_label_column(schema: pa.Schema, given: str | None, file: str) -> str:
     """Finds the column that holds labels: the given one, else the first of `LABEL_NAMES`.
 
     Raises:
-        DataError: missing, or neither whole numbers nor text.
+        DataError: missing, or neither numbers, lists of numbers nor text.
     """
     names = {name.lower(): name for name in reversed(schema.names)}
     name = given or next((names[known] for known in LABEL_NAMES if known in names), None)
@@ -86,9 +104,10 @@ def find_label_column(schema: pa.Schema, given: str | None, file: str) -> str:
     _require(schema, name, file, _FIX_LABEL)
     kind = schema.field(name).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_integer(value) or is_text(value)):
+    if not (pa.types.is_integer(value) or is_text(value) or num_axes_of_values(schema.field(name)) is not None):
         raise DataError(
-            f"{file}, column {name!r}: type {kind}, want whole numbers or text",
+            f"{file}, column {name!r}: type {kind}, want whole numbers, text, or values: floating point numbers, or "
+            "lists of numbers",
             f"convert it, or {_FIX_LABEL}",
         )
     return name
@@ -99,20 +118,46 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
+def num_axes_of_values(field: pa.Field) -> int | None:
+    """Tells how many axes a label column's values have: 0 of numbers, 1 of lists [K]; None if they are no values.
+
+    Whole numbers without an axis are classes.
+    """
+    if pa.types.is_floating(field.type):
+        return 0
+    ray_tensor = ray_tensor_of(field)
+    if ray_tensor is not None:
+        return 1 if len(ray_tensor.shape or ()) == 1 and holds_numbers(ray_tensor.value_type) else None
+    tensor = _tensor_form(field)
+    if tensor is not None:
+        return 1 if len(tensor.shape) == 1 else None
+    depth, value = nesting(field.type)
+    return 1 if depth == 1 and holds_numbers(value) else None
+
+
 def image_rank(field: pa.Field) -> int | None:
-    """Ranks how surely a column's type means images: 0 surest, None not at all."""
+    """Ranks how surely a column's type means images, or else tensors: 0 surest, None not at all."""
     kind = field.type
     ray_tensor = ray_tensor_of(field)
     if ray_tensor is not None:
-        return 1 if pa.types.is_uint8(ray_tensor.value_type) else None
+        return _tensor_rank(holds_numbers(ray_tensor.value_type), pa.types.is_uint8(ray_tensor.value_type))
     if pa.types.is_struct(kind):
         child = kind.field("bytes") if kind.get_field_index("bytes") >= 0 else None
         return 0 if child is not None and _is_binary(child.type) else None
-    if _tensor_shape(field) is not None:
-        return 1
-    if _nested_uint8(kind):
-        return 2
+    tensor = _tensor_form(field)
+    if tensor is not None:
+        return _tensor_rank(True, tensor.dtype == np.uint8)
+    depth, value = nesting(kind)
+    if depth:
+        return 2 if depth in (2, 3) and pa.types.is_uint8(value) else _tensor_rank(holds_numbers(value), False)
     return 3 if _is_binary(kind) else None
+
+
+def _tensor_rank(is_numbers: bool, is_uint8: bool) -> int | None:
+    # Tensors of other types come after everything that can only be images.
+    if is_uint8:
+        return 1
+    return 4 if is_numbers else None
 
 
 def image_cells(field: pa.Field) -> Cells:
@@ -126,12 +171,12 @@ def image_cells(field: pa.Field) -> Cells:
         return lambda array: _ray_tensors(array, ray_tensor)
     if pa.types.is_struct(kind):
         return lambda array: _encoded(pc.struct_field(array, "bytes"))
-    shape = _tensor_shape(field)
-    if shape is not None and pa.types.is_fixed_size_binary(kind):
-        return lambda array: _raw_tensors(array, shape)
-    if shape is not None:
-        axes = tuple(kind.permutation) if kind.permutation is not None else tuple(range(len(shape)))
-        return lambda array: _shaped_tensors(array, shape, axes)
+    tensor = _tensor_form(field)
+    if tensor is not None and pa.types.is_fixed_size_binary(kind):
+        return lambda array: _raw_tensors(array, tensor)
+    if tensor is not None:
+        axes = tuple(kind.permutation) if kind.permutation is not None else tuple(range(len(tensor.shape)))
+        return lambda array: _shaped_tensors(array, tensor.shape, axes)
     return _encoded if _is_binary(kind) else _nested_lists
 
 
@@ -154,14 +199,14 @@ def _encoded(array: pa.Array) -> Iterator[StoredImage]:
         yield data if data else Unusable("it is null" if data is None else "it has no bytes")
 
 
-def _raw_tensors(array: pa.Array, shape: tuple[int, ...]) -> Iterator[StoredImage]:
+def _raw_tensors(array: pa.Array, form: "_Form") -> Iterator[StoredImage]:
     for data in array.to_pylist():
         if data is None:
             yield Unusable("it is null")
             continue
-        tensor = np.frombuffer(data, np.uint8).reshape(shape)
+        tensor = np.frombuffer(data, form.dtype).reshape(form.shape)
         # Such columns are written by this package, channels first: (3, H, 3) is no [H, W, C] there.
-        channels_first = tensor.ndim == 3 and shape[0] in _CHANNELS
+        channels_first = is_image(tensor) and tensor.ndim == 3 and form.shape[0] in _CHANNELS
         yield tensor.transpose(1, 2, 0) if channels_first else pixels_of(tensor)
 
 
@@ -205,10 +250,13 @@ def _nested_list(array: pa.Array) -> StoredImage:
 def pixels_of(tensor: np.ndarray) -> StoredImage:
     """Returns a uint8 tensor of shape [H, W], [H, W, C] or [C, H, W] as [H, W] or [H, W, C].
 
-    Where both fit, the last axis holds the channels. Any other shape is an `Unusable`.
+    Where both fit, the last axis holds the channels. Any other uint8 tensor with three axes is an `Unusable`. Other
+    types and ranks are no images: they stay as they are.
     """
     if 0 in tensor.shape:
         return Unusable("it has no pixels")
+    if not is_image(tensor):
+        return tensor
     if tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[2] in _CHANNELS):
         return tensor
     if tensor.ndim == 3 and tensor.shape[0] in _CHANNELS:
@@ -216,18 +264,30 @@ def pixels_of(tensor: np.ndarray) -> StoredImage:
     return Unusable(f"shape {tuple(tensor.shape)}, want (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4")
 
 
-def _tensor_shape(field: pa.Field) -> tuple[int, ...] | None:
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """What every tensor of a column is, as its schema tells."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def _tensor_form(field: pa.Field) -> _Form | None:
     if isinstance(field.type, pa.FixedShapeTensorType):
-        return tuple(field.type.shape) if pa.types.is_uint8(field.type.value_type) else None
+        value, shape = field.type.value_type, tuple(field.type.shape)
+        return _Form(dtype=np.dtype(value.to_pandas_dtype()), shape=shape) if holds_numbers(value) else None
     spec = spec_of_field(field)
-    return spec.shape if spec is not None and spec.dtype == "uint8" else None
+    if spec is None or spec.dtype == "bfloat16":  # which numpy lacks
+        return None
+    return _Form(dtype=np.dtype(spec.dtype), shape=spec.shape)
 
 
-def _nested_uint8(kind: pa.DataType) -> bool:
+def nesting(kind: pa.DataType) -> tuple[int, pa.DataType]:
+    """Returns how many lists are around the values of a type, and the type of these."""
     depth = 0
     while _is_list(kind):
         kind, depth = kind.value_type, depth + 1
-    return depth in (2, 3) and pa.types.is_uint8(kind)
+    return depth, kind
 
 
 def _is_list(kind: pa.DataType) -> bool:

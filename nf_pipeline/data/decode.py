@@ -1,4 +1,6 @@
-"""Stored images -> uint8 [C, H, W], in parallel and in order, with a bound on what is in flight.
+"""Stored images -> uint8 or uint16 [C, H, W], in parallel and in order, with a bound on what is in flight.
+
+Tensors pass through: only their type, their range and their shape are looked at.
 
 Pillow in threads: 32x32 JPEGs are limited by Python's lock (10,000 a second whatever the threads), larger
 ones scale with cores, and JPEGs that get resized are decoded at a fraction of their size. torchvision.io is
@@ -21,8 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from nf_pipeline.data.base import ImageCell, RawImage, Unusable
+from nf_pipeline.data.base import ImageCell, RawImage, Undecodable, Unusable
+from nf_pipeline.data.tensors import is_image, stored_tensor
+from nf_pipeline.dtypes import ITEM_BYTES
 from nf_pipeline.errors import DataError
+from nf_pipeline.samples import InputSpec
 
 MAX_PIXELS = 64 * 2**20
 """Pixels of one image, compared with what its header says before anything is decoded: 256 MiB as RGBA."""
@@ -53,17 +58,13 @@ _BATCH_IMAGES = 128
 _BATCH_BYTES = 4 * 2**20
 
 
-class Undecodable(Exception):
-    """An image cannot be decoded; the text says why."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecodedBatch:
     """Some rows, decoded.
 
     Attributes:
         rows: int64 [N], as the source numbers them.
-        images: uint8 [N, C, H, W], contiguous.
+        images: [N, *shape] of the stored type, contiguous.
         bad: rows that could not be decoded, with the reason.
     """
 
@@ -72,36 +73,73 @@ class DecodedBatch:
     bad: tuple[tuple[int, str], ...]
 
 
-def decode_image(cell: ImageCell, image_size: int | None = None) -> np.ndarray:
-    """Decodes one image to uint8 [C, H, W], C of 1 or 3.
+def fetch(cell: ImageCell) -> bytes | np.ndarray | Image.Image:
+    """Fetches a sample that may still be on a disk; nothing is decoded.
 
-    Palettes become RGB, transparency is dropped, 16-bit grey keeps its upper 8 bits. The first frame counts.
+    Raises:
+        Undecodable: there is none.
+    """
+    try:
+        stored = cell() if callable(cell) else cell
+    except _DAMAGED as error:
+        raise Undecodable(_reason(error)) from error
+    if isinstance(stored, Unusable):
+        raise Undecodable(stored.reason)
+    return stored
+
+
+def decode_image(cell: ImageCell, image_size: int | None = None, pixels: str = "uint8") -> np.ndarray:
+    """Decodes one image to uint8 or uint16 [C, H, W], C of 1 or 3.
+
+    Palettes become RGB, transparency is dropped. As uint8, 16-bit grey keeps its upper 8 bits; as uint16 it keeps
+    all, and of others 255 becomes 65535. The first frame counts.
 
     Args:
         cell: encoded bytes, pixels, Pillow's image, or a callable that fetches one of these.
         image_size: height and width to resize to (bilinear, antialiased, aspect ratio not kept); None keeps
             the image's own.
+        pixels: "uint8" or "uint16".
 
     Raises:
         Undecodable: damaged, of an unknown format or mode, or more than `MAX_PIXELS`.
     """
+    stored = fetch(cell)
     try:
-        stored = cell() if callable(cell) else cell
-        if isinstance(stored, Unusable):
-            raise Undecodable(stored.reason)
         if isinstance(stored, np.ndarray) and image_size is None:
-            return _planes(stored)
+            return _of_depth(_planes(stored), pixels)
         with _open(stored) as image:
-            return _planes(np.asarray(_load(image, image_size)))
+            if pixels == "uint16" and image.mode in _GREY_16_MODES:
+                return _load_16(image, image_size)[None]
+            return _of_depth(_planes(np.asarray(_load(image, image_size))), pixels)
     except _DAMAGED as error:
         raise Undecodable(_reason(error)) from error
+
+
+def decode_sample(cell: ImageCell, inputs: InputSpec, image_size: int | None = None) -> np.ndarray:
+    """Decodes one image as `decode_image` does, with grey as RGB where that is wanted, or passes a tensor on.
+
+    Args:
+        cell: as for `decode_image`, or a tensor.
+        inputs: whose type it gets; shapes are the caller's.
+        image_size: as for `decode_image`; tensors are not resized.
+
+    Raises:
+        Undecodable: as `decode_image`, or a tensor with NaN.
+        DataError: numbers of another type, or a token out of range.
+    """
+    stored = fetch(cell)
+    if isinstance(stored, np.ndarray) and not is_image(stored):
+        return stored_tensor(stored, inputs)
+    if inputs.dtype not in ("uint8", "uint16"):
+        raise DataError(f"it is an image, want {inputs.dtype} of shape {inputs.shape}", "give tensors")
+    return fit_channels(decode_image(stored, image_size, inputs.dtype), inputs.shape[0])
 
 
 def fit_channels(image: np.ndarray, channels: int) -> np.ndarray:
     """Repeats grey as RGB where RGB is wanted, which loses nothing; everything else stays.
 
     Args:
-        image: uint8 [C, H, W].
+        image: [C, H, W].
         channels: 1 or 3.
     """
     return np.repeat(image, 3, axis=0) if (len(image), channels) == (1, 3) else image
@@ -110,7 +148,7 @@ def fit_channels(image: np.ndarray, channels: int) -> np.ndarray:
 def decode_stream(
     images: Iterable[RawImage],
     *,
-    shape: tuple[int, int, int],
+    inputs: InputSpec,
     image_size: int | None,
     threads: int,
     where: Callable[[int], str],
@@ -121,22 +159,23 @@ def decode_stream(
 
     Args:
         images: the stream, read in the calling thread.
-        shape: (C, H, W) that every image must have; grey images become RGB where C is 3.
+        inputs: shape and type that every image, or tensor, must have; grey images become RGB where C is 3.
         image_size: as `decode_image`.
         threads: that decode.
         where: row -> text that names the image for errors.
 
     Raises:
-        DataError: an image has another shape.
+        DataError: an image or tensor has another shape or type, or a token is out of range.
     """
 
     def decode(batch: list[RawImage]) -> DecodedBatch:
-        return _decode_batch(batch, shape, image_size, where)
+        return _decode_batch(batch, inputs, image_size, where)
 
+    nbytes = math.prod(inputs.shape) * ITEM_BYTES[inputs.dtype]
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     in_flight: deque[Future[DecodedBatch]] = deque()
     try:
-        for batch in _batches(images, max(1, min(_BATCH_IMAGES, _BATCH_BYTES // math.prod(shape)))):
+        for batch in _batches(images, max(1, min(_BATCH_IMAGES, _BATCH_BYTES // nbytes))):
             in_flight.append(pool.submit(decode, batch))
             if len(in_flight) > threads + 1:
                 yield in_flight.popleft().result()
@@ -161,24 +200,26 @@ def _batches(images: Iterable[RawImage], max_images: int) -> Iterator[list[RawIm
 
 def _decode_batch(
     batch: list[RawImage],
-    shape: tuple[int, int, int],
+    inputs: InputSpec,
     image_size: int | None,
     where: Callable[[int], str],
 ) -> DecodedBatch:
     rows: list[int] = []
     bad: list[tuple[int, str]] = []
-    images_NCHW = np.empty((len(batch), *shape), np.uint8)
+    samples_N = np.empty((len(batch), *inputs.shape), inputs.dtype)
     for row, cell in batch:
         try:
-            image_CHW = fit_channels(decode_image(cell, image_size), shape[0])
+            sample = decode_sample(cell, inputs, image_size)
         except Undecodable as error:
             bad.append((row, str(error)))
             continue
-        if image_CHW.shape != shape:
-            raise _mismatch(where(row), image_CHW.shape, shape)
-        images_NCHW[len(rows)] = image_CHW
+        except DataError as error:
+            raise DataError(f"{where(row)}: {error.what}", error.fix) from None
+        if sample.shape != inputs.shape:
+            raise _mismatch(where(row), sample.shape, inputs)
+        samples_N[len(rows)] = sample
         rows.append(row)
-    return DecodedBatch(rows=np.array(rows, np.int64), images=images_NCHW[: len(rows)], bad=tuple(bad))
+    return DecodedBatch(rows=np.array(rows, np.int64), images=samples_N[: len(rows)], bad=tuple(bad))
 
 
 def _open(stored: bytes | np.ndarray | Image.Image) -> Image.Image:
@@ -191,9 +232,7 @@ def _open(stored: bytes | np.ndarray | Image.Image) -> Image.Image:
 
 
 def _load(image: Image.Image, image_size: int | None) -> Image.Image:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise Undecodable(f"{width}x{height} pixels, want at most {MAX_PIXELS}")
+    _check_size(image)
     if image_size is not None:
         # libjpeg decodes at 1/2, 1/4 or 1/8; twice the wanted size is left to the filter.
         image.draft(None, (2 * image_size, 2 * image_size))
@@ -210,6 +249,26 @@ def _load(image: Image.Image, image_size: int | None) -> Image.Image:
     return image
 
 
+def _load_16(image: Image.Image, image_size: int | None) -> np.ndarray:
+    _check_size(image)
+    grey_HW = np.asarray(image).astype(np.uint16)  # whatever byte order the file has
+    if image_size is None or image.size == (image_size, image_size):
+        return grey_HW
+    floats = Image.fromarray(grey_HW.astype(np.float32))  # Pillow's filters know no 16 bits
+    resized = floats.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.rint(np.asarray(resized)).clip(0, 65535).astype(np.uint16)
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Undecodable(f"{width}x{height} pixels, want at most {MAX_PIXELS}")
+
+
+def _of_depth(image_CHW: np.ndarray, pixels: str) -> np.ndarray:
+    return image_CHW if pixels == "uint8" else image_CHW.astype(np.uint16) * np.uint16(257)
+
+
 def _planes(pixels: np.ndarray) -> np.ndarray:
     # [H, W] or [H, W, C] -> [C, H, W], transparency dropped
     if pixels.ndim == 2:
@@ -223,7 +282,12 @@ def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _mismatch(where: str, got: tuple[int, ...], want: tuple[int, int, int]) -> DataError:
+def _mismatch(where: str, got: tuple[int, ...], inputs: InputSpec) -> DataError:
+    want = inputs.shape
+    if len(got) != 3 or len(want) != 3 or inputs.dtype != "uint8":
+        return DataError(
+            f"{where}: its shape is {got}, the first one's {want}", "give all the same shape: pad them, or cut them"
+        )
     if got[0] != want[0]:
         return DataError(
             f"{where}: the image is in colour, the first one is grey (got {got}, want {want})",

@@ -4,7 +4,7 @@
 needed, `drop_dataset` removes it after ingest. The copy is made by whoever calls `train`, in bounded memory; it
 counts from its manifest on, which is written last, and is a snapshot: it is not made again while it is there.
 Only the image and the label column are kept. Pixels become PPM, which costs a header: one type of column takes
-images of every size, whatever tensor type they came in.
+images of every size, whatever tensor type they came in. Other tensors are stored as ingest would store them.
 
 Knows Ray Data by the name of its class and never imports it.
 """
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +23,17 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from nf_pipeline.config import DataConfig, RunConfig
-from nf_pipeline.data.base import SPLITS, Split, StoredImage, Unusable
-from nf_pipeline.data.columns import find_image_column, find_label_column, image_cells, is_text
+from nf_pipeline.data.base import SPLITS, Split, StoredImage, Undecodable, Unusable
+from nf_pipeline.data.columns import find_image_column, find_label_column, image_cells, is_text, num_axes_of_values
 from nf_pipeline.data.files import first_line
+from nf_pipeline.data.labels import value_lists
 from nf_pipeline.data.skipped import SkippedImages
+from nf_pipeline.data.tensors import is_image, stored_tensor, tensor_inputs
 from nf_pipeline.errors import AlreadyExists, ConfigError, DataError, StorageError
 from nf_pipeline.run_uri import join_run_uri
+from nf_pipeline.samples import InputSpec
 from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.shards import TensorSpec, tensor_field
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.units import format_bytes
 
@@ -235,29 +239,31 @@ def _errors_named(where: str) -> Iterator[None]:
         raise DataError(f"{where}: cannot be read: {first_line(error)}", "repair its files") from error
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Columns:
     image: str
     label: str
     schema: pa.Schema
+    holds: Literal["images", "tensors"] | None = None  # as the first one says
+    tensors: InputSpec | None = None  # what all tensors are, from the first one on
 
     @classmethod
     def of(cls, schema: pa.Schema, data: DataConfig, where: str) -> "_Columns":
         """Finds the columns in a batch and decides what is stored of them."""
-        image = find_image_column(schema, data.image_column, where)
+        image = find_image_column(schema, data.image_column, where, data.label_column)
         label = find_label_column(schema, data.label_column, where)
-        kind = schema.field(label).type
-        value = kind.value_type if pa.types.is_dictionary(kind) else kind
         kept = {key: text for key, text in (schema.metadata or {}).items() if key == _HUGGINGFACE}
         fields = [
             pa.field(image, pa.large_binary()),
-            pa.field(label, pa.string() if is_text(value) else pa.int64()),
+            pa.field(label, _label_type(schema.field(label))),
         ]
         return cls(image=image, label=label, schema=pa.schema(fields, metadata=kept))
 
     def labels(self, batch: pa.RecordBatch, where: str) -> pa.Array:
         """Returns a batch's labels as they are stored."""
         column, wanted = batch.column(self.label), self.schema.field(self.label).type
+        if num_axes_of_values(batch.schema.field(self.label)) == 1:
+            column = value_lists(column, batch.schema.field(self.label))
         if pa.types.is_dictionary(column.type):
             column = pc.cast(column, column.type.value_type)
         if is_text(column.type) != is_text(wanted):
@@ -267,10 +273,47 @@ class _Columns:
             )
         try:
             return pc.cast(column, wanted)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise DataError(
                 f"{where}, column {self.label!r}: {first_line(error)}", "correct or remove the row"
             ) from None
+
+    def stored(self, image: StoredImage, data: DataConfig) -> bytes:
+        """Returns what is stored of an image or a tensor.
+
+        Raises:
+            Undecodable: there is none, or a tensor with NaN.
+            DataError: a tensor of another shape or type than the first, or an image among tensors.
+        """
+        if isinstance(image, Unusable):
+            raise Undecodable(image.reason)
+        kind = "images" if isinstance(image, bytes) or is_image(np.asarray(image)) else "tensors"
+        self.holds = self.holds or kind
+        if kind != self.holds:
+            raise DataError(f"it is one of the {kind}, and the first one was of the {self.holds}", "give one kind")
+        if kind == "tensors":
+            return self._tensor(np.asarray(image), data.num_tokens)
+        return image if isinstance(image, bytes) else _ppm(np.asarray(image))
+
+    def _tensor(self, tensor: np.ndarray, num_tokens: int | None) -> bytes:
+        if self.tensors is None:
+            self.tensors = tensor_inputs(tensor, num_tokens)
+            spec = TensorSpec(self.tensors.dtype, self.tensors.shape)
+            self.schema = self.schema.set(0, tensor_field(spec).with_name(self.image).with_nullable(True))
+        if tensor.shape != self.tensors.shape:
+            raise DataError(
+                f"its shape is {tensor.shape}, the first one's {self.tensors.shape}",
+                "give all the same shape: pad them, or cut them",
+            )
+        return np.ascontiguousarray(stored_tensor(tensor, self.tensors)).tobytes()
+
+
+def _label_type(field: pa.Field) -> pa.DataType:
+    axes = num_axes_of_values(field)
+    if axes is not None:
+        return pa.list_(pa.float64()) if axes else pa.float64()
+    value = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    return pa.string() if is_text(value) else pa.int64()
 
 
 def _tables(batches: Iterator[pa.RecordBatch], data: DataConfig, where: str) -> Iterator[pa.Table]:
@@ -285,7 +328,7 @@ def _tables(batches: Iterator[pa.RecordBatch], data: DataConfig, where: str) -> 
             continue
         columns = columns or _Columns.of(batch.schema, data, where)
         for image, label in _rows(batch, columns, where):
-            encoded = _as_file(image, f"{where}, row {num_rows}, column {columns.image!r}", skipped)
+            encoded = _stored(image, columns, f"{where}, row {num_rows}, column {columns.image!r}", data, skipped)
             size = len(encoded or b"") + _ROW_BYTES
             if images and num_bytes + size > FILE_BYTES:
                 yield pa.table([images, labels], schema=columns.schema)
@@ -309,12 +352,17 @@ def _rows(batch: pa.RecordBatch, columns: _Columns, where: str) -> Iterator[tupl
         yield from zip(cells(images.slice(start, _CONVERTED_ROWS)), some, strict=True)
 
 
-def _as_file(image: StoredImage, where: str, skipped: SkippedImages) -> bytes | None:
-    """Returns an encoded image; None stands for one that ingest will skip and count."""
-    if isinstance(image, Unusable):
-        skipped.check(where, image.reason)
+def _stored(
+    image: StoredImage, columns: _Columns, where: str, data: DataConfig, skipped: SkippedImages
+) -> bytes | None:
+    """Returns an encoded image or a tensor's bytes; None stands for one that ingest will skip and count."""
+    try:
+        return columns.stored(image, data)
+    except Undecodable as error:
+        skipped.check(where, str(error))
         return None
-    return image if isinstance(image, bytes) else _ppm(np.asarray(image))
+    except DataError as error:
+        raise DataError(f"{where}: {error.what}", error.fix) from None
 
 
 def _ppm(pixels: np.ndarray) -> bytes:

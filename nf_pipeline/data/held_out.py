@@ -12,17 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nf_pipeline.errors import ObjectCorrupt
+from nf_pipeline.storage.label_column import label_array, label_field, labels_of, num_values_of
 
 UNKNOWN = -1
-"""What the shards of the test split hold in place of labels."""
-
-_SCHEMA = pa.schema(
-    [pa.field("sample_id", pa.int64(), nullable=False), pa.field("label", pa.int64(), nullable=False)]
-)
+"""What the shards of the test split hold in place of classes; NaN stands for values."""
 
 
 class HeldOutLabels:
-    """Labels by sample; made empty, filled batch by batch. Takes 16 bytes per sample."""
+    """Labels by sample; made empty, filled batch by batch. Takes 8 bytes per sample and those of its label."""
 
     def __init__(self) -> None:
         self._sample_ids = np.zeros(0, np.int64)
@@ -30,12 +27,12 @@ class HeldOutLabels:
         self._added: list[tuple[np.ndarray, np.ndarray]] = []
 
     def hold_back(self, labels: np.ndarray, sample_ids: np.ndarray) -> np.ndarray:
-        """Takes the labels of some samples, int64 [N], and returns what is stored beside their images instead."""
+        """Takes the labels of some samples, int64 [N] or float32 [N, K], and returns what is stored instead."""
         self._added.append((sample_ids, labels))
-        return np.full_like(labels, UNKNOWN)
+        return np.full_like(labels, UNKNOWN if labels.ndim == 1 else np.nan)
 
     def of(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Returns the labels of samples, int64 [N].
+        """Returns the labels of samples, int64 [N] or float32 [N, K].
 
         Raises:
             ObjectCorrupt: a sample has none.
@@ -49,7 +46,9 @@ class HeldOutLabels:
     def encode(self) -> bytes:
         """Returns a Parquet file of all labels, by sample id: the same labels give the same bytes."""
         self._sort()
-        table = pa.table([pa.array(self._sample_ids), pa.array(self._labels)], schema=_SCHEMA)
+        num_values = self._labels.shape[1] if self._labels.ndim == 2 else 0
+        columns = [pa.array(self._sample_ids), label_array(np.ascontiguousarray(self._labels))]
+        table = pa.table(columns, schema=_schema(num_values))
         file = io.BytesIO()
         pq.write_table(table, file)
         return file.getvalue()
@@ -72,8 +71,13 @@ def decode_labels(data: bytes) -> HeldOutLabels:
         table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"no Parquet file: {error}") from None
-    if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
-        raise ValueError(f"got the columns {table.schema.names}, want {_SCHEMA.names} without nulls")
+    num_values = num_values_of(table.schema)
+    if not table.schema.equals(_schema(num_values)) or any(column.null_count for column in table.columns):
+        raise ValueError(f"got the columns {table.schema.names}, want {_schema(0).names} without nulls")
     labels = HeldOutLabels()
-    labels.hold_back(table["label"].to_numpy(), table["sample_id"].to_numpy())
+    labels.hold_back(labels_of(table["label"]), table["sample_id"].to_numpy())
     return labels
+
+
+def _schema(num_values: int) -> pa.Schema:
+    return pa.schema([pa.field("sample_id", pa.int64(), nullable=False), label_field(num_values)])

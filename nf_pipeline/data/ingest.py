@@ -1,24 +1,24 @@
-"""Stage 0: images of any source -> uint8 shards of the splits train, val and test, and a manifest.
+"""Stage 0: images or tensors of any source -> shards of the splits train, val and test, and a manifest.
 
 Labels are read and checked first, then splits are cut, then every wanted image is read, decoded and written
 once, in an order that the seed decides. The shards of the test split hold no labels: these are an object of their
 own, which is not read before an exit is chosen. Memory does not grow with the data set (8 bytes of label for each
-row, and 16 more for those of the test split, aside). A committed ingest is a snapshot: nothing here asks whether the
-data has changed since.
+row, or 4 for each value to predict, aside, and for those of the test split as much again and 8 more). A committed
+ingest is a snapshot: nothing here asks whether the data has changed since.
 Knows nothing of models. Entry: `ingest`; `ingest_fingerprint` records what it was made from.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from nf_pipeline.config import RunConfig, fingerprint_of
 from nf_pipeline.data.base import SPLITS, Source, Split
-from nf_pipeline.data.channel_statistics import ChannelStatistics
+from nf_pipeline.data.channel_statistics import FloatStatistics, Statistics, new_statistics
 from nf_pipeline.data.decode import DecodedBatch, decode_stream
 from nf_pipeline.data.held_out import HeldOutLabels
 from nf_pipeline.data.splits import TEST, TRAIN, UNUSED
@@ -26,13 +26,14 @@ from nf_pipeline.data.survey import Survey, survey
 from nf_pipeline.errors import DataError
 from nf_pipeline.events import Event, Note, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, check_stored, commit_manifest, store_object
 from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
 from nf_pipeline.storage.store import Store
 
 STAGE = "ingest"
-INGEST_VERSION = 2
+INGEST_VERSION = 3
 
 _REPORT_S = 0.5
 
@@ -72,8 +73,8 @@ def ingest_fingerprint_of(cfg: RunConfig, source: str) -> str:
 def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Iterator[Event]:
     """Runs the stage; its shards count from the manifest on, which is written last.
 
-    The manifest's facts: dataset, num_classes, class_names, image_shape [C, H, W], mean and std per channel
-    of value / 255 over train, split_rows, num_skipped, skipped (the first 100), source, source_fingerprint.
+    The manifest's facts: dataset, inputs (`InputSpec`), target (`TargetSpec`), class_names ([] of values),
+    split_rows, num_skipped, skipped (the first 100), source, source_fingerprint.
 
     Args:
         store: of the run.
@@ -90,8 +91,9 @@ def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Ite
     started_s = time.monotonic()
     yield StageStarted(stage=STAGE, attempt=attempt, worker=worker_name())
     job = survey(cfg)
-    written = _Written(ChannelStatistics(job.image_shape[0]))
-    spec = TensorSpec("uint8", job.image_shape)
+    written = _Written(new_statistics(job.inputs), FloatStatistics(job.target.size))
+    label_values = job.target.size if job.target.kind == "values" else 0
+    spec = TensorSpec(job.inputs.dtype, job.inputs.shape, label_values=label_values)
     yield from _write(store, layout, job, spec, attempt, written)
     _check_written(job, written)
     if job.skipped.num_images:
@@ -114,10 +116,23 @@ def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Ite
 
 @dataclass
 class _Written:
-    statistics: ChannelStatistics
+    inputs: Statistics | None
+    target: FloatStatistics
+    largest_token: int = 0
     shards: dict[str, tuple[ShardInfo, ...]] = field(default_factory=dict)
     class_rows: dict[Split, np.ndarray] = field(default_factory=dict)
     held_out: HeldOutLabels = field(default_factory=HeldOutLabels)
+
+    def count(self, split: Split, strata: np.ndarray) -> None:
+        """Counts rows of a split, by class where there are classes."""
+        self.class_rows[split] += np.bincount(strata, minlength=len(self.class_rows[split]))
+
+    def measure(self, samples_N: np.ndarray, labels: np.ndarray) -> None:
+        """Takes rows of train into the statistics."""
+        if self.inputs is not None:
+            self.inputs.add(samples_N)
+        if labels.ndim == 2:
+            self.target.add(labels)
 
 
 def _write(
@@ -142,8 +157,7 @@ def _make_key(layout: RunLayout, prefix: str, split: str) -> Any:
 
 
 def _fill(job: Survey, writers: list[ShardWriter], written: _Written) -> Iterator[Progress]:
-    num_classes = len(job.labels.class_names)
-    written.class_rows = {split: np.zeros(num_classes, np.int64) for split in SPLITS}
+    written.class_rows = {split: np.zeros(job.labels.num_strata, np.int64) for split in SPLITS}
     started_s = reported_s = time.monotonic()
     done, total = 0, job.num_images
     for split, batch in _decoded(job):
@@ -166,7 +180,7 @@ def _decoded(job: Survey) -> Iterator[tuple[Split, DecodedBatch]]:
         images = job.source.read(split, job.codes[split] != UNUSED, job.cfg.train.seed)
         for batch in decode_stream(
             images,
-            shape=job.image_shape,
+            inputs=job.inputs,
             image_size=data.image_size,
             threads=data.decode_threads,
             where=where,
@@ -179,20 +193,22 @@ def _decoded(job: Survey) -> Iterator[tuple[Split, DecodedBatch]]:
 def _append(
     job: Survey, source_split: Split, batch: DecodedBatch, writers: list[ShardWriter], written: _Written
 ) -> None:
-    labels = job.labels.by_split[source_split][batch.rows]
+    labels, strata = (by[source_split][batch.rows] for by in (job.labels.by_split, job.labels.strata))
     codes = job.codes[source_split][batch.rows]
     sample_ids = batch.rows + job.first_sample_id(source_split)
     for code, (split, writer) in enumerate(zip(SPLITS, writers, strict=True)):
         chosen = codes == code
         if not chosen.any():
             continue
-        images_NCHW, stored_labels = batch.images[chosen], labels[chosen]
+        samples_N, stored_labels = batch.images[chosen], labels[chosen]
         if code == TEST:
             stored_labels = written.held_out.hold_back(labels[chosen], sample_ids[chosen])
-        writer.append(images_NCHW.reshape(len(images_NCHW), -1), stored_labels, sample_ids[chosen])
-        written.class_rows[split] += np.bincount(labels[chosen], minlength=len(job.labels.class_names))
+        writer.append(samples_N.reshape(len(samples_N), -1).view(np.uint8), stored_labels, sample_ids[chosen])
+        written.count(split, strata[chosen])
         if code == TRAIN:
-            written.statistics.add(images_NCHW)
+            written.measure(samples_N, labels[chosen])
+    if job.inputs.num_tokens and len(batch.images):
+        written.largest_token = max(written.largest_token, int(batch.images.max()))
 
 
 def _check_written(job: Survey, written: _Written) -> None:
@@ -213,14 +229,24 @@ def _check_written(job: Survey, written: _Written) -> None:
         )
 
 
+def _measured_inputs(job: Survey, written: _Written) -> InputSpec:
+    if written.inputs is None:
+        return replace(job.inputs, num_tokens=job.cfg.data.num_tokens or written.largest_token + 1)
+    return replace(job.inputs, mean=written.inputs.mean(), std=written.inputs.std())
+
+
+def _measured_target(job: Survey, written: _Written) -> TargetSpec:
+    if job.target.kind == "class":
+        return job.target
+    return replace(job.target, mean=written.target.mean(), std=written.target.std())
+
+
 def _facts(job: Survey, written: _Written) -> dict[str, Any]:
     return {
         "dataset": job.source.name,
-        "num_classes": len(job.labels.class_names),
+        "inputs": _measured_inputs(job, written).to_json(),
+        "target": _measured_target(job, written).to_json(),
         "class_names": list(job.labels.class_names),
-        "image_shape": list(job.image_shape),
-        "mean": written.statistics.mean(),
-        "std": written.statistics.std(),
         "split_rows": {split: int(rows.sum()) for split, rows in written.class_rows.items()},
         "num_skipped": job.skipped.num_images,
         "skipped": job.skipped.listed,

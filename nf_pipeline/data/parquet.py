@@ -1,4 +1,4 @@
-"""Parquet files as a source: local or in object storage, images encoded or as uint8 tensors.
+"""Parquet files as a source: local or in object storage, images encoded or as uint8 tensors, or other tensors.
 
 Labels are read alone; images are streamed row group by row group, only those that are wanted are kept.
 Memory: a shuffle window (see `shuffle`) and, for each open row group, a page and a dictionary: most writers put up to
@@ -18,7 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nf_pipeline.data.base import SPLITS, Column, RawImage, Split
-from nf_pipeline.data.columns import class_names_of, find_image_column, find_label_column, image_cells, is_text
+from nf_pipeline.data.columns import (
+    class_names_of,
+    find_image_column,
+    find_label_column,
+    image_cells,
+    is_text,
+    nesting,
+)
 from nf_pipeline.data.files import DataFile, FileSet
 from nf_pipeline.data.labels import LabelColumn, number_texts, renumber
 from nf_pipeline.data.shuffle import OPEN_STREAMS, interleave, shuffle_window
@@ -92,7 +99,7 @@ class ParquetSource:
         named: set[Split | None] = {None if one_file else split_of(file.name) for file in files.files}
         self._footers = [self._read_footer(file, named) for file in files.files]
         self._image_columns = {
-            footer.file.name: find_image_column(footer.schema, image_column, footer.file.name)
+            footer.file.name: find_image_column(footer.schema, image_column, footer.file.name, label_column)
             for footer in self._footers
         }
         self.splits = tuple(split for split in SPLITS if any(self._of(split)))
@@ -114,9 +121,10 @@ class ParquetSource:
         return sum(footer.num_rows for footer in self._of(split))
 
     def labels(self, split: Split) -> np.ndarray:
-        """Returns the label of every row, int64 [num_rows]."""
+        """Returns the label of every row: int64 [num_rows], or values, float32 [num_rows, K]."""
         parts = [renumber(self._label_columns[footer.file.name], self._text_names) for footer in self._of(split)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        filled = [part for part in parts if len(part)] or parts[:1]  # an empty file need not be of the same kind
+        return np.concatenate(filled) if filled else np.zeros(0, np.int64)
 
     def read(self, split: Split, wanted: np.ndarray, seed: int | None) -> Iterator[RawImage]:
         """Yields the wanted rows; shuffled by row group, several open at a time, then within a window."""
@@ -179,8 +187,12 @@ class ParquetSource:
         as_dictionary = [name] if is_text(footer.schema.field(name).type) else None
         with self._files.errors_named(footer.file), self._files.open(footer.file) as stream:
             reader = pq.ParquetFile(stream, read_dictionary=as_dictionary)
+            field = footer.schema.field(name)
+            if nesting(_storage_type(field.type))[0]:  # values that repeat may take far more than their file
+                groups = [_RowGroup(footer=footer, group=idx, first_row=0) for idx in range(reader.num_row_groups)]
+                _check_expansion(footer.file, sum(_decoded_bytes(reader, group, name) for group in groups))
             column = reader.read(columns=[name]).column(name)
-            return LabelColumn.of(column, lambda row: f"{footer.file.name}, row {row}, column {name!r}")
+            return LabelColumn.of(column, lambda row: f"{footer.file.name}, row {row}, column {name!r}", field)
 
     @cached_property
     def _text_names(self) -> tuple[str, ...] | None:
@@ -246,7 +258,7 @@ def _check_rows(file: DataFile, num_rows: int) -> None:
     if num_rows > max(_FREE_ROWS, file.num_bytes):
         raise DataError(
             f"{file.name}: {num_rows} rows in a file of {file.num_bytes} bytes, want at most one for each byte",
-            "give files whose rows hold images",
+            "give files whose rows hold images or tensors",
         )
 
 
@@ -264,9 +276,8 @@ def _check_expansion(file: DataFile, num_bytes: int) -> None:
 
 
 def _decoded_bytes(reader: pq.ParquetFile, group: _RowGroup, column: str) -> int:
-    """Returns what the image column of a row group takes as pixels or encoded files; at most that, if it repeats."""
-    kind = reader.schema_arrow.field(column).type
-    stored = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    """Returns what a column of a row group takes as numbers or encoded files; at most that, if it repeats."""
+    stored = _storage_type(reader.schema_arrow.field(column).type)
     if pa.types.is_fixed_size_binary(stored):
         num_bytes = group.num_rows * stored.byte_width
     elif pa.types.is_nested(stored) and not pa.types.is_struct(stored):
@@ -274,11 +285,21 @@ def _decoded_bytes(reader: pq.ParquetFile, group: _RowGroup, column: str) -> int
         # metadata is damaged, pyarrow ends the process (version 26), instead of raising as it does when it reads.
         metadata = reader.metadata.row_group(group.group)
         leaves = [metadata.column(idx) for idx in range(metadata.num_columns)]
-        num_bytes = max(leaf.num_values for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{column}."))
+        num_values = max(leaf.num_values for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{column}."))
+        num_bytes = num_values * _item_bytes(stored)
     else:
         num_bytes = group.num_bytes
     _check_expansion(group.footer.file, num_bytes)
     return num_bytes
+
+
+def _storage_type(kind: pa.DataType) -> pa.DataType:
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _item_bytes(kind: pa.DataType) -> int:
+    value = nesting(kind)[1]
+    return max(1, value.bit_width // 8) if pa.types.is_primitive(value) else 1
 
 
 def _batch_rows(group: _RowGroup, decoded_bytes: int) -> int:

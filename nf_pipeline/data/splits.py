@@ -1,7 +1,8 @@
 """Cuts splits: stratified by class, decided by the seed and the labels alone.
 
-Every class keeps at least one image in train. Knows nothing of images, files or storage.
-Entry: `cut_splits` for all that a source brings, built on `assign_splits` for its train split.
+Every class keeps at least one image in train; where there are no classes, all rows count as one. Knows nothing of
+images, files or storage. Entry: `cut_splits` for all that a source brings, built on `assign_splits` for its train
+split.
 """
 
 from collections.abc import Mapping
@@ -123,7 +124,7 @@ def _part(counts: np.ndarray, fraction: float | None, split: str) -> np.ndarray:
     room = counts - 1
     if room.sum() < 1:
         raise DataError(
-            f"split {split} is empty: {counts.sum()} images of {len(counts)} classes leave none to cut off",
+            f"split {split} is empty: {counts.sum()} images of {len(counts)} class(es) leave none to cut off",
             f"bring a {split} split or more images per class, or raise --max-train-images",
         )
     total = max(1, round(fraction * int(counts.sum())))

@@ -1,4 +1,4 @@
-"""What a data set is, before its images are read: labels, splits, and the shape of one image.
+"""What a data set is, before its images are read: labels, splits, and shape and type of one image.
 
 Knows nothing of storage. Entry: `survey`.
 """
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nf_pipeline.config import RunConfig
-from nf_pipeline.data.base import SPLITS, Source, Split
+from nf_pipeline.config import DataConfig, RunConfig
+from nf_pipeline.data.base import SPLITS, ImageCell, Source, Split, Undecodable
 from nf_pipeline.data.classes import Labels, read_labels
-from nf_pipeline.data.decode import Undecodable, decode_image
+from nf_pipeline.data.decode import decode_image, fetch
 from nf_pipeline.data.skipped import SkippedImages
 from nf_pipeline.data.sources import open_source
 from nf_pipeline.data.splits import TRAIN, UNUSED, cut_splits
+from nf_pipeline.data.tensors import is_image, tensor_inputs
 from nf_pipeline.errors import DataError
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,8 @@ class Survey:
         labels: checked.
         codes: per split that the data brings, where each row goes; see `cut_splits`.
         skipped: images that could not be decoded so far.
-        image_shape: (C, H, W) of the first image in stored order.
+        inputs: what the first image, or tensor, in stored order is. Mean and std are not known yet; nor is the number
+            of tokens where the configuration does not give it: for now it is the largest there can be.
     """
 
     cfg: RunConfig
@@ -35,7 +38,12 @@ class Survey:
     labels: Labels
     codes: dict[Split, np.ndarray]
     skipped: SkippedImages
-    image_shape: tuple[int, int, int]
+    inputs: InputSpec
+
+    @property
+    def target(self) -> TargetSpec:
+        """What is to be predicted; mean and std are not known yet."""
+        return self.labels.target
 
     @property
     def num_images(self) -> int:
@@ -64,31 +72,44 @@ def survey(cfg: RunConfig) -> Survey:
         StorageError: the data cannot be reached.
     """
     source = open_source(cfg.data)
-    labels = read_labels(source)
+    labels = read_labels(source, cfg.data.target)
     codes = cut_splits(
-        labels.by_split,
+        labels.strata,
         seed=cfg.train.seed,
         val_fraction=cfg.data.val_fraction,
         test_fraction=cfg.data.test_fraction,
         max_train_images=cfg.data.max_train_images,
     )
     skipped = SkippedImages(cfg.data.on_bad_image)
-    shape = _first_shape(source, codes["train"] == TRAIN, cfg.data.image_size, skipped)
-    return Survey(cfg=cfg, source=source, labels=labels, codes=codes, skipped=skipped, image_shape=shape)
+    inputs = _first_inputs(source, codes["train"] == TRAIN, cfg.data, skipped)
+    return Survey(cfg=cfg, source=source, labels=labels, codes=codes, skipped=skipped, inputs=inputs)
 
 
-def _first_shape(
-    source: Source, wanted: np.ndarray, image_size: int | None, skipped: SkippedImages
-) -> tuple[int, int, int]:
+def _first_inputs(source: Source, wanted: np.ndarray, data: DataConfig, skipped: SkippedImages) -> InputSpec:
     # The first image in stored order decides, not the first one read: errors must not depend on the seed.
     for row, cell in source.read("train", wanted, seed=None):
         try:
-            channels, height, width = decode_image(cell, image_size).shape
+            return _inputs_of(cell, data)
         except Undecodable as error:
             skipped.check(source.where("train", row, "image"), str(error))
-            continue
-        return channels, height, width
+        except DataError as error:
+            raise DataError(f"{source.where('train', row, 'image')}: {error.what}", error.fix) from None
     raise DataError(
         f"{source.name}: split train is empty: none of its {int(wanted.sum())} images can be decoded",
         "replace the data set",
     )
+
+
+def _inputs_of(cell: ImageCell, data: DataConfig) -> InputSpec:
+    stored = fetch(cell)
+    if not isinstance(stored, np.ndarray) or is_image(stored):
+        if data.num_tokens is not None:
+            raise DataError(f"data.num_tokens is {data.num_tokens}, and it is an image", "leave data.num_tokens out")
+        image = decode_image(stored, data.image_size, data.pixels)
+        return InputSpec(shape=image.shape, dtype=data.pixels)
+    if data.image_size is not None:
+        raise DataError(
+            f"data.image_size is {data.image_size}, and it is a tensor: {stored.dtype} {stored.shape}",
+            "leave --image-size out: tensors are taken as they are",
+        )
+    return tensor_inputs(stored, data.num_tokens)

@@ -7,11 +7,11 @@ start follows from it. Entry: `BlockRuns.run`.
 import logging
 from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
 
 from nf_pipeline.config import RunConfig
 from nf_pipeline.core.partition import budget_for
-from nf_pipeline.driver.early_end import EarlyEnd, check_counts, find_early_end, may_end_early
+from nf_pipeline.core.results import Results
+from nf_pipeline.driver.early_end import EarlyEnd, find_early_end, may_end_early, read_results
 from nf_pipeline.driver.retention import Retention, check_readable
 from nf_pipeline.driver.round_schedule import Round, RoundSchedule
 from nf_pipeline.driver.round_store import RoundStore
@@ -56,7 +56,7 @@ class BlockRuns:
         self._executor = executor
         self._rounds = RoundStore(config, plan, layout, runner)
         self._retention = Retention(runner.store, layout, config.storage.keep_activations, plan)
-        self._facts: list[dict[str, Any]] = []
+        self._results: list[list[Results]] = []
         self._failed: dict[Round, BaseException] = {}
         self._num_found = 0
         self._num_val = 0
@@ -149,7 +149,7 @@ class BlockRuns:
         """Ends the run with an error for good, unless its block may be left out yet: then nobody needs it."""
         may_end = may_end_early(self._config)
         for work, error in sorted(self._failed.items(), key=lambda item: item[0]):
-            is_known = not may_end or len(self._facts) >= work.block_idx  # all before it are done
+            is_known = not may_end or len(self._results) >= work.block_idx  # all before it are done
             if is_known and work.block_idx < schedule.num_blocks:
                 raise error
 
@@ -165,19 +165,18 @@ class BlockRuns:
         """Leaves the other blocks out if they would not pay. Blocks that are trained already always count."""
         is_done = [count == schedule.num_rounds for count in schedule.done]
         num_done = is_done.index(False) if False in is_done else len(is_done)
-        for block_idx in range(len(self._facts), num_done):
-            self._facts.append(self._read_facts(block_idx))
+        for block_idx in range(len(self._results), num_done):
+            self._results.append(self._read_results(block_idx))
         if num_done < self._num_found:
             return
-        self.early_end = find_early_end(self._config, len(self._plan.blocks), self._facts)
+        self.early_end = find_early_end(self._config, len(self._plan.blocks), self._results)
         # A block that was running and has improved after all takes the end back.
         schedule.end_after(self.early_end.num_blocks if self.early_end else len(self._plan.blocks))
 
-    def _read_facts(self, block_idx: int) -> dict[str, Any]:
+    def _read_results(self, block_idx: int) -> list[Results]:
         store, planned = self._runner.store, self._plan.blocks[block_idx]
-        block = read_block(store, self._layout, block_idx)
-        check_counts(store, self._layout.block_manifest(block_idx), block, self._plan, planned, self._num_val)
-        return block.facts
+        block, key = read_block(store, self._layout, block_idx), self._layout.block_manifest(block_idx)
+        return read_results(store, key, block, self._plan, planned, self._num_val)
 
     def _train(self, work: Round, schedule: RoundSchedule) -> None:
         """Brings one round to its commit."""

@@ -96,14 +96,14 @@ def preview(config: RunConfig) -> Preview:
     surveyed = survey(config)
     plan = make_plan(
         config,
-        image_shape=surveyed.image_shape,
-        num_classes=len(surveyed.labels.class_names),
+        inputs=surveyed.inputs,
+        target=surveyed.target,
         split_rows=surveyed.split_rows,
         is_exhaustive=True,
         worker_memory_bytes=[w.memory_bytes for w in workers if w.memory_bytes is not None],
     )
     rows = surveyed.split_rows["train"] + surveyed.split_rows["val"]
-    image_bytes = rows * math.prod(surveyed.image_shape)
+    image_bytes = rows * math.prod(surveyed.inputs.shape)
     return Preview(config=config, plan=plan, workers=workers, image_bytes=image_bytes)
 
 

@@ -15,7 +15,7 @@ from nf_pipeline.config import RunConfig, validate_config
 from nf_pipeline.data.handed_over import is_handed_over
 from nf_pipeline.data.ingest import ingest_fingerprint
 from nf_pipeline.data.sources import open_source
-from nf_pipeline.driver.early_end import find_early_end
+from nf_pipeline.driver.early_end import find_early_end, read_results
 from nf_pipeline.driver.retention import blocks_to_repeat
 from nf_pipeline.driver.run_record import find_record, load_plan
 from nf_pipeline.driver.stages import block_stage
@@ -174,10 +174,14 @@ class _Repair:
         config = self._config()
         config = config.model_copy(update={"exits": config.exits.model_copy(update={"patience": self._patience})})
         manifests = [read_manifest(self._store, self._layout.block_manifest(idx)) for idx in range(len(plan.blocks))]
-        facts = [manifest.facts for manifest in takewhile(lambda manifest: manifest is not None, manifests)]
-        if any(manifest is not None for manifest in manifests[len(facts) :]):
+        done = list(takewhile(lambda manifest: manifest is not None, manifests))
+        if any(manifest is not None for manifest in manifests[len(done) :]):
             return len(plan.blocks)
-        end = find_early_end(config, len(plan.blocks), facts)
+        results = []
+        for planned, block in zip(plan.blocks, done, strict=False):
+            key, num_val = self._layout.block_manifest(planned.block_idx), done[0].facts["num_val"]
+            results.append(read_results(self._store, key, block, plan, planned, num_val))
+        end = find_early_end(config, len(plan.blocks), results)
         return len(plan.blocks) if end is None else end.num_blocks
 
     def _drop(self, commit: str, stage: str, what: str) -> None:

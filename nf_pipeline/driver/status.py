@@ -53,7 +53,7 @@ class StageStatus:
         round_idx: 0-based newest round of a block; 0 where there is one.
         worker: host and process of the newest attempt.
         epoch, num_epochs: finished epochs and all epochs of a block; 0 where there are none or none yet.
-        loss, val_accuracy: of the block's last unit in the last finished epoch.
+        loss, val_accuracy, val_error: of the block's last unit in the last finished epoch; one of the latter two.
         peak_bytes: measured by the last finished epoch.
         updated_s: seconds since the last event, None before the first.
         seconds: wall time of the attempt that finished the stage.
@@ -70,6 +70,7 @@ class StageStatus:
     num_epochs: int = 0
     loss: float | None = None
     val_accuracy: float | None = None
+    val_error: float | None = None
     peak_bytes: int | None = None
     updated_s: float | None = None
     seconds: float | None = None
@@ -191,6 +192,7 @@ def _take(status: StageStatus, event: Event) -> None:
         status.epoch, status.num_epochs = event.epoch, event.num_epochs
         status.loss = event.losses[-1] if event.losses else None
         status.val_accuracy = event.val_accuracies[-1] if event.val_accuracies else None
+        status.val_error = event.val_errors[-1] if event.val_errors else None
         status.peak_bytes = event.peak_bytes
     elif isinstance(event, StageFailed):
         status.error = f"{event.error}: {event.text}"

@@ -45,7 +45,7 @@ def make_summary(
         "run": config.run,
         "model": plan.model,
         "dataset": ingest.facts["dataset"],
-        "num_classes": plan.num_classes,
+        "num_classes": plan.target.num_classes,
         "split_rows": ingest.facts["split_rows"],
         "num_skipped_images": ingest.facts["num_skipped"],
         "memory_budget_bytes": plan.budget_bytes,

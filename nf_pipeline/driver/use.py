@@ -1,6 +1,6 @@
-"""What is done with a finished run: evaluate every exit, predict, export.
+"""What is done with a finished model: predict, export.
 
-Works in this process and streams the data; the run is only read. Entries: `evaluate`, `predict`, `export`.
+Works in this process and streams the data; the run is only read. Entries: `predict`, `export`.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,102 +19,35 @@ import safetensors.torch
 import torch
 
 from nf_pipeline.config import DataConfig, images_config
+from nf_pipeline.core.dtypes import TORCH_DTYPES
 from nf_pipeline.core.early_exit_model import EarlyExitModel
-from nf_pipeline.core.exit_model import ExitModel, Normalise
-from nf_pipeline.data.images import open_images, open_labelled, resize_for
-from nf_pipeline.data.predictor import classify, classify_early
+from nf_pipeline.core.exit_model import ExitModel
+from nf_pipeline.data.images import open_images, resize_for
+from nf_pipeline.data.predictor import classify, classify_early, predict_values
 from nf_pipeline.data.skipped import SkippedImages
-from nf_pipeline.driver.run_record import load_plan, load_run
-from nf_pipeline.errors import ConfigError, DataError, StorageError
-from nf_pipeline.model_files import load_early_exit_model, load_model
-from nf_pipeline.run_uri import split_run_uri
-from nf_pipeline.storage.layout import RunLayout
-from nf_pipeline.storage.store import open_store
-from nf_pipeline.trust import confirm_factory
-from nf_pipeline.worker.assemble import load_units
-from nf_pipeline.worker.stage_input import read_block, read_ingest, read_model
+from nf_pipeline.driver.early_exit_wish import EarlyExitWish
+from nf_pipeline.errors import ConfigError, StorageError
+from nf_pipeline.model_files import load_model
+from nf_pipeline.samples import InputSpec, TargetSpec
 
-PREDICTION_SCHEMA = pa.schema(
+_ID, _EXIT = pa.field("id", pa.string(), nullable=False), pa.field("exit", pa.string(), nullable=False)
+
+CLASS_SCHEMA = pa.schema(
     [
-        pa.field("id", pa.string(), nullable=False),
+        _ID,
         pa.field("label", pa.int64(), nullable=False),
         pa.field("class_name", pa.string(), nullable=False),
         pa.field("probability", pa.float32(), nullable=False),
-        pa.field("exit", pa.string(), nullable=False),
+        _EXIT,
     ]
 )
+VALUE_SCHEMA = pa.schema([_ID, pa.field("prediction", pa.list_(pa.float32()), nullable=False), _EXIT])
 
 
-@dataclass(frozen=True, kw_only=True)
-class EarlyExitWish:
-    """Which operating point of early exits to take; see `nf_pipeline.core.early_exit_model.EarlyExitModel`.
-
-    Without a wish images leave where that costs no accuracy on the validation split.
-
-    Attributes:
-        accuracy: on the validation split, in [0, 1], at least.
-        flops: mean of one image there, at most.
-    """
-
-    accuracy: float | None = None
-    flops: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses two wishes at once.
-
-        Raises:
-            ConfigError: both are given.
-        """
-        if self.accuracy is not None and self.flops is not None:
-            raise ConfigError(f"early exits: got accuracy {self.accuracy:g} and flops {self.flops:g}", "give one")
-
-
-@torch.no_grad()
-def evaluate(uri: str, data: DataConfig, model: str | None = None) -> list[dict[str, Any]]:
-    """Measures every exit of a finished run on a labelled set, in one pass.
-
-    Args:
-        uri: STORE/NAME.
-        data: its test split if it brings one, else all its rows.
-        model: see `load_model`.
-
-    Returns:
-        One entry per exit: exit (its position in the summary's exits), layer_idx, layer, accuracy in [0, 1],
-        num_images, chosen.
-
-    Raises:
-        ObjectMissing: the run is not finished.
-        DataError: the data set cannot be used with this model.
-    """
-    store_uri, run = split_run_uri(uri)
-    store, layout = open_store(store_uri), RunLayout(run)
-    result = read_model(store, layout).facts
-    plan, config, ingest = load_plan(store, layout), load_run(uri, model=model), read_ingest(store, layout).facts
-    confirm_factory(plan.model, model)
-    num_units = len(result["exits"])  # a run that stopped early has fewer than its plan
-    blocks = [read_block(store, layout, block.block_idx) for block in plan.blocks if block.units[0] < num_units]
-    units = [unit.eval() for unit in load_units(store, config, plan, blocks, num_units)]
-    normalise = Normalise(ingest["mean"], ingest["std"])
-    correct, num_images = np.zeros(len(units), np.int64), 0
-    for batch in open_labelled(data, plan.image_shape, tuple(ingest["class_names"])):
-        x_NCHW = normalise(torch.from_numpy(batch.images))
-        for position, unit in enumerate(units):
-            x_NCHW, logits_NK = unit(x_NCHW)
-            correct[position] += int((logits_NK.argmax(dim=1).numpy() == batch.labels).sum())
-        num_images += len(batch.labels)
-    if num_images == 0:
-        raise DataError(f"{data.source}: no images to evaluate", "give a labelled data set with images")
-    return [
-        {
-            "exit": position,
-            "layer_idx": exit["layer_idx"],
-            "layer": exit["layer"],
-            "accuracy": int(count) / num_images,
-            "num_images": num_images,
-            "chosen": position == result["chosen_exit"],
-        }
-        for position, (exit, count) in enumerate(zip(result["exits"], correct, strict=True))
-    ]
+def prediction_schema(target: TargetSpec) -> pa.Schema:
+    """Returns the columns of the file that `predict` writes: of classes the likeliest one, else values in their own
+    units."""
+    return CLASS_SCHEMA if target.kind == "class" else VALUE_SCHEMA
 
 
 def predict(
@@ -150,12 +82,12 @@ def predict(
         DataError: an image cannot be decoded or has another size.
         StorageError: the output cannot be written.
     """
-    loaded = load_model(uri, model=model) if early_exits is None else _wished(uri, model, early_exits)
-    config = _input_config(images, loaded.card.image_shape, image_column)
+    loaded = load_model(uri, model=model) if early_exits is None else early_exits.load(uri, model)
+    config = _input_config(images, loaded.card.inputs, image_column)
     skipped, rows = SkippedImages(on_bad_image), Counter()
-    with _prediction_file(output) as write:
-        for ids, pixels_NCHW in _batches(config, loaded.card.image_shape, skipped, batch_size):
-            predicted = _predictions(loaded, ids, pixels_NCHW)
+    with _prediction_file(output, prediction_schema(loaded.card.target)) as write:
+        for ids, stored_N in _batches(config, loaded.card.inputs, skipped, batch_size):
+            predicted = _predictions(loaded, ids, stored_N)
             write(predicted)
             rows.update(predicted["exit"].to_pylist())
     return {
@@ -173,7 +105,7 @@ def export(uri: str, format_name: str, output: str, model: str | None = None) ->
     Args:
         uri: STORE/NAME.
         format_name: "safetensors" (weights, and OUTPUT's name with .json beside them), or "torch-export" (a
-            program for torch.export.load that takes uint8 pixels_NCHW with any N).
+            program for torch.export.load that takes stored samples, such as uint8 pixels_NCHW, with any N).
         output: local file.
         model: see `load_model`.
 
@@ -203,15 +135,15 @@ def export(uri: str, format_name: str, output: str, model: str | None = None) ->
     return str(target)
 
 
-def _input_config(images: str, shape: tuple[int, int, int], image_column: str | None) -> DataConfig:
-    return images_config(source=images, image_size=resize_for(shape), image_column=image_column)
+def _input_config(images: str, inputs: InputSpec, image_column: str | None) -> DataConfig:
+    return images_config(source=images, image_size=resize_for(inputs), image_column=image_column)
 
 
 def _batches(
-    config: DataConfig, shape: tuple[int, int, int], skipped: SkippedImages, batch_size: int
+    config: DataConfig, inputs: InputSpec, skipped: SkippedImages, batch_size: int
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     ids, pixels = [], []
-    for image_id, pixels_CHW in open_images(config, shape, skipped):
+    for image_id, pixels_CHW in open_images(config, inputs, skipped):
         ids.append(image_id)
         pixels.append(pixels_CHW)
         if len(ids) == batch_size:
@@ -222,14 +154,14 @@ def _batches(
 
 
 @contextlib.contextmanager
-def _prediction_file(output: str) -> Iterator[Callable[[pa.Table], None]]:
+def _prediction_file(output: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
     """Yields a function that appends rows; the file appears under its name when the block ends well."""
     target = Path(output)
     with _write_errors("predictions", output):
         _prepare_target(target)
     with _whole_file("predictions", target) as partial:
         with _write_errors("predictions", output):
-            writer = pq.ParquetWriter(partial, PREDICTION_SCHEMA)
+            writer = pq.ParquetWriter(partial, schema)
 
         def write(rows: pa.Table) -> None:
             with _write_errors("predictions", output):
@@ -271,31 +203,26 @@ def _write_errors(what: str, output: str) -> Iterator[None]:
         raise StorageError(f"{what} cannot be written: {reason}", output, "give a writable --output") from error
 
 
-def _wished(uri: str, model: str | None, wish: EarlyExitWish) -> EarlyExitModel:
-    loaded = load_early_exit_model(uri, model=model)
-    if wish.accuracy is not None:
-        return loaded.with_accuracy(wish.accuracy)
-    return loaded if wish.flops is None else loaded.with_flops(wish.flops)
+def _predictions(model: ExitModel | EarlyExitModel, ids: list[str], stored_N: np.ndarray) -> pa.Table:
+    schema = prediction_schema(model.card.target)
+    columns = _class_columns(model, stored_N) if schema is CLASS_SCHEMA else _value_columns(model, stored_N)
+    arrays = [pa.array(column, field.type) for column, field in zip([ids, *columns], schema, strict=True)]
+    return pa.table(arrays, schema=schema)
 
 
-def _predictions(model: ExitModel | EarlyExitModel, ids: list[str], pixels_NCHW: np.ndarray) -> pa.Table:
+def _class_columns(model: ExitModel | EarlyExitModel, stored_N: np.ndarray) -> list[Any]:
     if isinstance(model, EarlyExitModel):
-        labels, probabilities, exits = classify_early(model, pixels_NCHW)
+        labels, probabilities, exits = classify_early(model, stored_N)
         layers = [model.exit_layers[exit_idx] for exit_idx in exits]
     else:
-        labels, probabilities = classify(model, pixels_NCHW)
-        layers = [model.card.exit_layer] * len(ids)
-    columns = [
-        ids,
-        labels,
-        [model.card.class_names[label] for label in labels],
-        probabilities,
-        layers,
-    ]
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, PREDICTION_SCHEMA, strict=True)],
-        schema=PREDICTION_SCHEMA,
-    )
+        labels, probabilities = classify(model, stored_N)
+        layers = [model.card.exit_layer] * len(labels)
+    return [labels, [model.card.class_names[label] for label in labels], probabilities, layers]
+
+
+def _value_columns(model: ExitModel, stored_N: np.ndarray) -> list[Any]:
+    values_NK = predict_values(model, stored_N)
+    return [list(values_NK), [model.card.exit_layer] * len(values_NK)]
 
 
 def _safetensors_files(model: ExitModel, target: Path) -> dict[Path, bytes]:
@@ -305,10 +232,11 @@ def _safetensors_files(model: ExitModel, target: Path) -> dict[Path, bytes]:
 
 
 def _program_files(model: ExitModel, target: Path) -> dict[Path, bytes]:
-    # Two images: with one, the exporter would take the batch for a constant.
-    pixels_NCHW = torch.zeros(2, *model.card.image_shape, dtype=torch.uint8)
+    # Two samples: with one, the exporter would take the batch for a constant.
+    inputs = model.card.inputs
+    stored_N = torch.zeros(2, *inputs.shape, dtype=TORCH_DTYPES[inputs.dtype])
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (pixels_NCHW,), dynamic_shapes={"pixels_NCHW": {0: batch}})
+    program = torch.export.export(model, (stored_N,), dynamic_shapes=({0: batch},))
     data = io.BytesIO()
     torch.export.save(program, data)
     return {target: data.getvalue()}

@@ -15,7 +15,7 @@ from typing import Any
 
 from nf_pipeline.config import RunConfig, validate_config
 from nf_pipeline.data.ingest import ingest_fingerprint_of
-from nf_pipeline.driver.early_end import check_counts
+from nf_pipeline.driver.early_end import read_results
 from nf_pipeline.driver.run_lock import read_lock
 from nf_pipeline.driver.run_record import find_record, plan_of
 from nf_pipeline.driver.stages import block_stage, commit_key
@@ -238,7 +238,7 @@ class _Inspection:
                 if whole[idx] is not None and plan is not None and ingest is not None:
                     with self._noting(stage, commits[idx], commits[idx]):
                         counted = (whole[idx], plan, plan.blocks[block_idx], ingest.num_rows("val"))
-                        check_counts(self._store, commits[idx], *counted)
+                        read_results(self._store, commits[idx], *counted)
             if found[last] is None:
                 self._finished.discard(stage)
                 self._look_at_checkpoints(stage, block_idx)

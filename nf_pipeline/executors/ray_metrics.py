@@ -17,7 +17,8 @@ GAUGES = {
     "nf_pipeline_images_per_s": "Images that the stage reads or trains on per second.",
     "nf_pipeline_peak_bytes": "Largest number of device bytes measured since the block's attempt began.",
     "nf_pipeline_epoch": "Epoch that the block is in, 1-based.",
-    "nf_pipeline_val_accuracy": "Accuracy of the block's last unit on the validation split, 0 to 1.",
+    "nf_pipeline_val_accuracy": "Accuracy of the block's last unit on the validation split, 0 to 1, of classes.",
+    "nf_pipeline_val_error": "Part of the variance that the block's last unit leaves on the validation split.",
 }
 COUNTERS = {
     "nf_pipeline_shard_bytes_total": "Bytes of activations that committed stages have written.",
@@ -65,7 +66,8 @@ class RunMetrics:
         self._set("nf_pipeline_loss", event.stage, event.losses[-1])
         self._set("nf_pipeline_peak_bytes", event.stage, event.peak_bytes)
         self._set("nf_pipeline_epoch", event.stage, event.epoch)
-        self._set("nf_pipeline_val_accuracy", event.stage, event.val_accuracies[-1])
+        self._set("nf_pipeline_val_accuracy", event.stage, next(reversed(event.val_accuracies), None))
+        self._set("nf_pipeline_val_error", event.stage, next(reversed(event.val_errors), None))
         self._add("nf_pipeline_loader_wait_s_total", event.stage, event.loader_wait_s)
 
     def _set(self, name: str, stage: str, value: float | None) -> None:

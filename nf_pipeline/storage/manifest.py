@@ -8,6 +8,7 @@ points: `commit_manifest`, `read_manifest`, `read_object`, `verify_manifest`.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from pydantic import PositiveInt
 from nf_pipeline.config import FORMAT_VERSION, fingerprint_of
 from nf_pipeline.documents import check_types
 from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing, WorkerLost
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.storage.affine import Affine
 from nf_pipeline.storage.layout import commit_home, stage_home
 from nf_pipeline.storage.sealed import check_version, read_sealed, repair_fix, seal
@@ -274,6 +276,7 @@ def _read_spec(document: dict[str, Any], where: str) -> TensorSpec | None:
             tuple(shape),
             _typed(entry, "codec", str, inner),
             _read_affine(entry, inner),
+            _typed(entry, "label_values", int, inner),
         )
     except ConfigError as error:
         raise _corrupt(inner, error.what) from None
@@ -331,15 +334,15 @@ class _Facts(dict[str, Any]):
 class _KnownFacts:
     """The facts that later stages compute with, where a stage has them."""
 
-    num_classes: PositiveInt = 1
+    inputs: InputSpec | None = None
+    target: TargetSpec | None = None
     class_names: list[str] = field(default_factory=list)
-    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 1, 1)
-    mean: list[float] = field(default_factory=list)
-    std: list[float] = field(default_factory=list)
     split_rows: dict[str, int] = field(default_factory=dict)
     num_val: PositiveInt = 1
     val_correct: list[int] = field(default_factory=list)
     val_hits: list[str] = field(default_factory=list)
+    val_errors: list[float] = field(default_factory=list)
+    val_sample_errors: list[str] = field(default_factory=list)
     train_s: float = 0.0
     write_s: float = 0.0
 
@@ -347,7 +350,10 @@ class _KnownFacts:
 def _read_facts(document: dict[str, Any], where: str) -> dict[str, Any]:
     facts = _typed(document, "facts", dict, where)
     try:
-        check_types(_KnownFacts, facts)
+        known = check_types(_KnownFacts, facts)
+        for spec in (known.inputs, known.target):
+            if spec is not None:
+                spec.check()
         _check_counts(facts)
     except ValueError as error:
         raise _corrupt(where, f"facts.{error}") from None
@@ -355,13 +361,17 @@ def _read_facts(document: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_counts(facts: dict[str, Any]) -> None:
-    """Refuses what no validation can count; the accuracies of exits are quotients of these.
+    """Refuses what no validation can find; the accuracies of exits are quotients of counts.
 
     Raises:
         ValueError: names the fact.
     """
-    if facts.keys().isdisjoint(("val_correct", "num_val")):
+    if facts.keys().isdisjoint(("val_correct", "val_errors", "num_val")):
         return  # not of a block
+    if errors := facts.get("val_errors"):
+        if not all(0 <= error < math.inf for error in errors):
+            raise ValueError(f"val_errors: got {errors[:5]}, want numbers of 0 and more")
+        return
     counts, num_val = facts.get("val_correct", []), facts.get("num_val", 0)
     if not counts or not 0 <= min(counts) <= max(counts) <= num_val:
         raise ValueError(

@@ -24,6 +24,7 @@ import numpy as np
 
 from nf_pipeline.errors import ObjectCorrupt, StorageError
 from nf_pipeline.storage.affine import Affine
+from nf_pipeline.storage.label_column import new_labels
 from nf_pipeline.storage.parts import WHOLE, Part, divide_rows, step_sizes
 from nf_pipeline.storage.sealed import repair_fix
 from nf_pipeline.storage.shards import Shard, ShardInfo, TensorSpec, read_shard
@@ -45,7 +46,7 @@ class Batch:
 
     Attributes:
         tensors: uint8 [N, nbytes], contiguous and aligned to 64 bytes, so that it views as any dtype.
-        labels: int64 [N].
+        labels: int64 [N], or float32 [N, K].
         sample_ids: int64 [N].
         affine: what the bytes stand for, see `TensorSpec`.
     """
@@ -147,7 +148,7 @@ class ShardReader:
         self._part = part
         self._window_shards = window_shards
         self._prefetch_threads = prefetch_threads
-        self._memory = _BatchMemory(batch_size, spec.nbytes)
+        self._memory = _BatchMemory(batch_size, spec)
 
     def _open(self, shards: Sequence[ShardInfo] | ShardList) -> None:
         self.wait_s = 0.0
@@ -472,7 +473,7 @@ class _Rows:
         """Copies rows, in ascending order, into a batch that has `start` rows already, and returns it."""
         rows, stop = np.sort(rows), start + len(rows)
         # mode="clip" writes straight into `out`; the default mode would gather into a temporary first
-        self._labels.take(rows, out=batch.labels[start:stop], mode="clip")
+        self._labels.take(rows, axis=0, out=batch.labels[start:stop], mode="clip")
         self._sample_ids.take(rows, out=batch.sample_ids[start:stop], mode="clip")
         cuts = rows.searchsorted(self._starts).tolist()
         out = batch.tensors[start:stop]
@@ -496,9 +497,10 @@ class _BatchMemory:
     Keeps as much as a consumer needs that gives up one batch for the next; who keeps more gets fresh memory.
     """
 
-    def __init__(self, batch_size: int, nbytes: int) -> None:
+    def __init__(self, batch_size: int, spec: TensorSpec) -> None:
         self._batch_size = batch_size
-        self._nbytes = nbytes
+        self._nbytes = spec.nbytes
+        self._label_values = spec.label_values
         self._kept: list[np.ndarray] = []
         self._lock = threading.Lock()
 
@@ -508,7 +510,7 @@ class _BatchMemory:
             memory = self._free()
             start = -memory.ctypes.data % _ALIGNMENT_BYTES
             tensors = memory[start : start + num_rows * self._nbytes].reshape(num_rows, self._nbytes)
-        labels, sample_ids = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
+        labels, sample_ids = new_labels(num_rows, self._label_values), np.empty(num_rows, np.int64)
         return Batch(tensors=tensors, labels=labels, sample_ids=sample_ids, affine=affine)
 
     def _free(self) -> np.ndarray:

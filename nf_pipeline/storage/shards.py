@@ -1,11 +1,11 @@
 """Tensors as Parquet objects that any Parquet reader opens and that decode with one memcpy.
 
 A shard has three non-null columns: `tensor` (FixedSizeBinary, one value per sample; dtype and shape stand in
-the field's metadata, and for numbers stored as bytes the scale and zero point of every channel), `sample_id` and
-`label` (int64). A list or tensor column would read 8 times slower
-(https://github.com/apache/arrow/issues/34510), and so would a dictionary. Without a codec the tensors are not even
-decoded: a reader takes rows straight out of the file. One shard is one buffer and one put: nothing half-written can
-appear under a shard's key, and no shard counts until a manifest names it.
+the field's metadata, and for numbers stored as bytes the scale and zero point of every channel), `sample_id` (int64)
+and `label` (int64 for classes, fixed-size bytes for values: see `label_column`). A list or tensor column would read
+8 times slower (https://github.com/apache/arrow/issues/34510), and so would a dictionary. Without a codec the tensors
+are not even decoded: a reader takes rows straight out of the file. One shard is one buffer and one put: nothing
+half-written can appear under a shard's key, and no shard counts until a manifest names it.
 
 Deliberately knows nothing of what the tensors mean, nor of torch. Entry points: `ShardWriter`, `read_shard`.
 """
@@ -27,6 +27,17 @@ from nf_pipeline.documents import read_fields
 from nf_pipeline.dtypes import ITEM_BYTES
 from nf_pipeline.errors import ConfigError, InternalError, ObjectCorrupt, ObjectMissing, StorageError
 from nf_pipeline.storage.affine import Affine
+from nf_pipeline.storage.label_column import (
+    DTYPE_KEY,
+    SHAPE_KEY,
+    bytes_of,
+    label_array,
+    label_bytes,
+    label_field,
+    label_form,
+    labels_of,
+    new_labels,
+)
 from nf_pipeline.storage.sealed import repair_fix
 from nf_pipeline.storage.store import Data, Store, checksum_of
 
@@ -38,14 +49,14 @@ RELEASED_FIX = "train another --run with --keep activations=all"
 
 MAX_SHARD_BYTES = 2**31 - 1
 """Tensor bytes of one shard: what a column of fixed size can count. Configurations allow a GiB."""
+MAX_LABEL_VALUES = 2**20
+"""Values of one label."""
 MAX_EXPANSION = 2**14
 """Rows per stored byte; a row of two numbers and a tensor compresses to a fraction of a byte at best."""
 
 # How the header of a data page begins, in Thrift's compact form: type 0, then the size of what follows it.
 _PAGE_START = b"\x15\x00\x15"
 
-_DTYPE_KEY = b"dtype"
-_SHAPE_KEY = b"shape"
 _SCALES_KEY = b"scales"
 _ZERO_POINTS_KEY = b"zero_points"
 
@@ -55,17 +66,19 @@ class TensorSpec:
     """What one sample's tensor looks like.
 
     Attributes:
-        dtype: "uint8", "float32", "float16" or "bfloat16" (which numpy and Arrow lack: bytes with a name).
+        dtype: one of `ITEM_BYTES`; "bfloat16", which numpy and Arrow lack, is bytes with a name.
         shape: of one sample, such as (C, H, W).
         codec: Parquet compression: "none", "zstd" (level 1) or "lz4".
         affine: what the bytes of uint8 stand for, a scale and a zero point for each of `shape[0]` channels; None
             where they are numbers as they are, such as pixels, and for all other types.
+        label_values: float32 values of each sample's label; 0: labels are classes, int64.
     """
 
     dtype: str
     shape: tuple[int, ...]
     codec: str = "none"
     affine: Affine | None = None
+    label_values: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
@@ -79,11 +92,18 @@ class TensorSpec:
         if self.affine is not None and (self.dtype, len(self.affine.scales)) != ("uint8", self.shape[0]):
             what = f"{len(self.affine.scales)} scales for {self.dtype} of shape {self.shape!r}"
             raise ConfigError(f"tensor affine: got {what}, want one per channel of uint8")
+        if not 0 <= self.label_values <= MAX_LABEL_VALUES:
+            raise ConfigError(f"values per label: got {self.label_values}, want 0 to {MAX_LABEL_VALUES}")
 
     @property
     def nbytes(self) -> int:
         """Bytes of one sample, uncompressed."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sample with its label and number."""
+        return self.nbytes + label_bytes(self.label_values) + 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +148,7 @@ class Shard:
         affine: what its bytes stand for, as the file itself says; see `TensorSpec`.
         pieces: uint8 [rows of a row group, nbytes] each, in order; read-only views of the file where it holds the
             tensors as they are, of the decoded buffer otherwise.
-        labels: int64 [rows].
+        labels: int64 [rows], or float32 [rows, K].
         sample_ids: int64 [rows].
     """
 
@@ -161,9 +181,10 @@ def rows_per_shard(spec: TensorSpec, shard_bytes: int) -> int:
 
     Args:
         spec: of every sample.
-        shard_bytes: tensor bytes per shard.
+        shard_bytes: tensor bytes per shard, or those of values to predict where they take more.
     """
-    return max(1, shard_bytes // spec.nbytes)
+    values_bytes = label_bytes(spec.label_values) if spec.label_values else 0
+    return max(1, shard_bytes // max(spec.nbytes, values_bytes))
 
 
 def writer_bytes(shard_bytes: int) -> int:
@@ -171,17 +192,22 @@ def writer_bytes(shard_bytes: int) -> int:
     return 2 * (UPLOAD_THREADS + 1) * shard_bytes
 
 
-def shard_schema(spec: TensorSpec) -> pa.Schema:
-    """Returns the Parquet schema of shards with such tensors."""
-    metadata = {_DTYPE_KEY: spec.dtype.encode(), _SHAPE_KEY: json.dumps(list(spec.shape)).encode()}
+def tensor_field(spec: TensorSpec) -> pa.Field:
+    """Returns the Parquet field of such tensors, from which `spec_of_field` reads their form back."""
+    metadata = {DTYPE_KEY: spec.dtype.encode(), SHAPE_KEY: json.dumps(list(spec.shape)).encode()}
     if spec.affine is not None:
         metadata[_SCALES_KEY] = json.dumps(spec.affine.scales).encode()
         metadata[_ZERO_POINTS_KEY] = json.dumps(spec.affine.zero_points).encode()
+    return pa.field("tensor", pa.binary(spec.nbytes), nullable=False, metadata=metadata)
+
+
+def shard_schema(spec: TensorSpec) -> pa.Schema:
+    """Returns the Parquet schema of shards with such tensors."""
     return pa.schema(
         [
-            pa.field("tensor", pa.binary(spec.nbytes), nullable=False, metadata=metadata),
+            tensor_field(spec),
             pa.field("sample_id", pa.int64(), nullable=False),
-            pa.field("label", pa.int64(), nullable=False),
+            label_field(spec.label_values),
         ]
     )
 
@@ -189,11 +215,11 @@ def shard_schema(spec: TensorSpec) -> pa.Schema:
 def spec_of_field(field: pa.Field) -> TensorSpec | None:
     """Reads type, shape and scales back from a column's metadata; None if it is no tensor column of this form."""
     metadata = field.metadata or {}
-    if not pa.types.is_fixed_size_binary(field.type) or not {_DTYPE_KEY, _SHAPE_KEY} <= metadata.keys():
+    if not pa.types.is_fixed_size_binary(field.type) or not {DTYPE_KEY, SHAPE_KEY} <= metadata.keys():
         return None
     try:
-        shape = tuple(json.loads(metadata[_SHAPE_KEY]))
-        spec = TensorSpec(metadata[_DTYPE_KEY].decode(), shape, affine=_affine_of(metadata))
+        shape = tuple(json.loads(metadata[SHAPE_KEY]))
+        spec = TensorSpec(metadata[DTYPE_KEY].decode(), shape, affine=_affine_of(metadata))
     except (ValueError, TypeError, RecursionError, ConfigError):
         return None
     return spec if spec.nbytes == field.type.byte_width else None
@@ -273,7 +299,7 @@ class ShardWriter:
 
         Args:
             tensors: uint8 [N, nbytes], the bytes of each sample.
-            labels: int64 [N].
+            labels: int64 [N], or float32 [N, K] as `spec` says.
             sample_ids: int64 [N].
 
         Raises:
@@ -311,9 +337,13 @@ class ShardWriter:
         want = (len(tensors), self._spec.nbytes)
         if tensors.dtype != np.uint8 or tensors.shape != want:
             raise InternalError(f"tensors: got {tensors.dtype} {tensors.shape}, want uint8 {want}")
-        for name, column in (("labels", labels), ("sample_ids", sample_ids)):
-            if column.dtype != np.int64 or column.shape != want[:1]:
-                raise InternalError(f"{name}: got {column.dtype} {column.shape}, want int64 {want[:1]}")
+        for name, column, num_values in (
+            ("labels", labels, self._spec.label_values),
+            ("sample_ids", sample_ids, 0),
+        ):
+            dtype, shape = label_form(len(tensors), num_values)
+            if column.dtype != dtype or column.shape != shape:
+                raise InternalError(f"{name}: got {column.dtype} {column.shape}, want {dtype.__name__} {shape}")
         self._raise_failed()
 
     def _raise_failed(self) -> None:
@@ -379,10 +409,10 @@ class _ShardBuffer:
         self.num_rows = 0
         self._spec = spec
         self._tensors = np.empty((max_rows, spec.nbytes), np.uint8)
-        self._labels = np.empty(max_rows, np.int64)
+        self._labels = new_labels(max_rows, spec.label_values)
         self._sample_ids = np.empty(max_rows, np.int64)
         # Incompressible data grows by less than 1/64 under zstd and lz4; pages never touched take no memory.
-        self._encoded = np.empty(max_rows * (spec.nbytes + 16) * 17 // 16 + 2**20, np.uint8)
+        self._encoded = np.empty(max_rows * spec.row_bytes * 17 // 16 + 2**20, np.uint8)
 
     def fill(self, tensors: np.ndarray, labels: np.ndarray, sample_ids: np.ndarray) -> int:
         """Copies as many rows as there is room for and returns their number."""
@@ -409,11 +439,11 @@ class _ShardBuffer:
             # One page per row group: a reader finds all its rows in one piece, where no codec has changed them.
             data_page_size=MAX_SHARD_BYTES,
             max_rows_per_page=MAX_SHARD_BYTES,
-            write_statistics=["sample_id", "label"],
+            write_statistics=["sample_id"] if spec.label_values else ["sample_id", "label"],
             write_page_checksum=True,
         )
         with writer:
-            writer.write_table(table, row_group_size=max(1, ROW_GROUP_BYTES // (spec.nbytes + 16)))
+            writer.write_table(table, row_group_size=max(1, ROW_GROUP_BYTES // spec.row_bytes))
         return memoryview(self._encoded)[: sink.tell()]
 
     def _table(self) -> pa.Table:
@@ -421,7 +451,7 @@ class _ShardBuffer:
         tensors = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(self._spec.nbytes), rows, [None, pa.py_buffer(self._tensors)]
         )
-        columns = [tensors, pa.array(self._sample_ids[:rows]), pa.array(self._labels[:rows])]
+        columns = [tensors, pa.array(self._sample_ids[:rows]), label_array(self._labels[:rows])]
         return pa.table(columns, schema=shard_schema(self._spec))
 
 
@@ -454,8 +484,8 @@ def read_shard(store: Store, shard: ShardInfo, spec: TensorSpec, *, is_verified:
     nulls = sum(column.null_count for column in table.columns)
     _require(store, shard, "nulls", nulls, 0)
     return Shard(
-        pieces=pieces or (_bytes_of(table.column("tensor"), spec.nbytes),),
-        labels=table.column("label").to_numpy(),
+        pieces=pieces or (bytes_of(table.column("tensor")),),
+        labels=labels_of(table.column("label")),
         sample_ids=table.column("sample_id").to_numpy(),
         affine=affine,
     )
@@ -521,12 +551,6 @@ def _varint(number: int) -> bytes:
         digits.append(number & 127 | 128)
         number >>= 7
     return bytes([*digits, number])
-
-
-def _bytes_of(column: pa.ChunkedArray, nbytes: int) -> np.ndarray:
-    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    flat = np.frombuffer(array.buffers()[1], np.uint8)
-    return flat[array.offset * nbytes : (array.offset + len(array)) * nbytes].reshape(-1, nbytes)
 
 
 def _require(store: Store, shard: ShardInfo, what: str, got: object, want: object) -> None:

@@ -20,7 +20,7 @@ from nf_pipeline.core.local_unit import LocalUnit, build_units
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.tensor_file import read_tensors
 from nf_pipeline.core.train_step import resolve_device
-from nf_pipeline.errors import AlreadyExists, ObjectCorrupt
+from nf_pipeline.errors import AlreadyExists, Diverged, ObjectCorrupt
 from nf_pipeline.events import Event, Note, Progress, StageDone, StageStarted
 from nf_pipeline.host import worker_name
 from nf_pipeline.model_files import EarlyExitCard, KeptExit, ModelCard
@@ -39,7 +39,7 @@ from nf_pipeline.worker.choice import (
     read_test_labels,
 )
 from nf_pipeline.worker.decide import calibrated, exit_costs, list_exits, plan_early_exits
-from nf_pipeline.worker.exit_pass import ExitPass, LadderOfExits, Scores
+from nf_pipeline.worker.exit_pass import ExitPass, LadderOfExits, LookAtTest
 from nf_pipeline.worker.model_card import render_model_card
 from nf_pipeline.worker.model_result import describe_result
 from nf_pipeline.worker.progress_clock import ProgressClock
@@ -69,8 +69,8 @@ def assemble_model(task: AssembleTask) -> Iterator[Event]:
     if made.num_others:
         text = f"the test split is read again, for choice {made.num_test_reads}: what can be chosen has changed"
         yield Note(stage=STAGE, level="warning", text=text)
-    scores = yield from assembly.look_at_test(made)
-    result = assembly.commit(made, scores)
+    look = yield from assembly.look_at_test(made)
+    result = assembly.commit(made, look)
     yield StageDone(stage=STAGE, result=result, seconds=clock.seconds)
 
 
@@ -82,9 +82,9 @@ def load_units(
     Raises:
         ObjectCorrupt: a block's weights are not those that its manifest names.
     """
-    model = build_model(plan.model, image_shape=plan.image_shape, num_classes=plan.num_classes, seed=0)
-    cut_model, first_units = cut(model, plan.image_shape), range(num_units)
-    units = build_units(cut_model, config.train.head, plan.spans, plan.num_classes, 0, units=first_units)
+    model = build_model(plan.model, inputs=plan.inputs, num_outputs=plan.target.size, seed=0)
+    cut_model, first_units = cut(model, plan.inputs), range(num_units)
+    units = build_units(cut_model, config.train.head, plan.spans, plan.target, 0, units=first_units)
     for block, manifest in zip(plan.blocks, blocks, strict=False):
         first, stop = block.units[0], min(block.units[1], num_units)
         if first < stop:
@@ -122,27 +122,22 @@ class _Assembly:
         if made is None:
             choice = yield from self._decide(fingerprint)
             made = commit_choice(self._store, self._layout.model, choice)
-        if made.choice.chosen_exit >= len(self._exits) or made.choice.calibration is None:
-            got = f"exit {made.choice.chosen_exit} of {len(self._exits)}, calibration {made.choice.calibration}"
-            what = f"{made.key} is damaged: chosen_exit, calibration: got {got}"
-            raise ObjectCorrupt(what, self._store.uri, repair_fix(self._store, made.key))
+        self._check(made)
         return made
 
-    def look_at_test(self, made: CommittedChoice) -> Generator[Progress, None, Scores | None]:
+    def look_at_test(self, made: CommittedChoice) -> Generator[Progress, None, LookAtTest | None]:
         """Runs what was chosen over the test split, whose labels the committed choice opens."""
         if not self._ingest.shards.get("test"):
             return None
         labels = read_test_labels(self._store, self._ingest, self._store, made.key)
-        calibration, plan = made.choice.calibration, made.choice.early_exits
-        temperatures = plan.temperatures if plan is not None else (calibration.temperature,)
         running = self._pass(self._ladder(made.choice.chosen_exit))
-        return (yield from running.scores("test", labels, temperatures))
+        return (yield from running.look(labels, self._task.plan.target, made.choice.temperatures))
 
-    def commit(self, made: CommittedChoice, scores: Scores | None) -> dict[str, Any]:
+    def commit(self, made: CommittedChoice, look: LookAtTest | None) -> dict[str, Any]:
         """Writes the model and the manifest that counts; returns the stage's facts."""
         ladder = self._ladder(made.choice.chosen_exit)
         costs = exit_costs(self._task.plan, len(self._exits))
-        result = describe_result(self._task, self._exits, costs, made, scores)
+        result = describe_result(self._task, self._exits, costs, made, look)
         params = sum(parameter.numel() for parameter in ladder.final.parameters())
         layers = sum(parameter.numel() for parameter in ladder.final.layers.parameters())
         result |= {"params_final": params, "params_final_no_head": layers}
@@ -165,9 +160,12 @@ class _Assembly:
     def _decide(self, fingerprint: str) -> Generator[Progress, None, Choice]:
         config = self._task.config.exits
         chosen = choose_exit(self._exits, config.tolerance, config.confidence)
-        logits, labels_N = yield from self._pass(self._ladder(chosen.index)).logits("val")
-        calibration = calibrated(STAGE, logits[-1], labels_N)
-        early_exits = None
+        if not self._exits[chosen.index].results.is_finite:
+            raise Diverged(STAGE, "the final model returns what is no number", "lower train.lr")
+        calibration = early_exits = None
+        if self._has_classes:
+            logits, labels_N = yield from self._pass(self._ladder(chosen.index)).logits("val")
+            calibration = calibrated(STAGE, logits[-1], labels_N)
         if config.keep == "all":
             costs = exit_costs(self._task.plan, chosen.index + 1)
             early_exits = plan_early_exits(logits, labels_N, costs, calibration.temperature)
@@ -180,6 +178,25 @@ class _Assembly:
             early_exits=early_exits,
         )
 
+    @property
+    def _has_classes(self) -> bool:
+        return self._task.plan.target.kind == "class"
+
+    def _check(self, made: CommittedChoice) -> None:
+        """Refuses a choice that is not one for this run.
+
+        Raises:
+            ObjectCorrupt: names the fields.
+        """
+        choice, keeps_all = made.choice, self._task.config.exits.keep == "all"
+        fits = (choice.calibration is not None) == self._has_classes and (choice.early_exits is not None) == keeps_all
+        if choice.chosen_exit < len(self._exits) and fits:
+            return
+        got = f"exit {choice.chosen_exit} of {len(self._exits)}, calibration {choice.calibration}"
+        early = "no early exits" if choice.early_exits is None else "early exits"
+        what = f"{made.key} is damaged: chosen_exit, calibration, early_exits: got {got}, {early}"
+        raise ObjectCorrupt(what, self._store.uri, repair_fix(self._store, made.key))
+
     def _ladder(self, chosen: int) -> LadderOfExits:
         """Loads the chosen model, and the exits before it where they are kept; once."""
         if self._loaded is None or self._loaded[0] != chosen:
@@ -189,11 +206,11 @@ class _Assembly:
     def _load(self, chosen: int) -> LadderOfExits:
         units = load_units(self._store, self._task.config, self._task.plan, self._blocks, chosen + 1)
         units = [unit.to(self._device).eval() for unit in units]
-        facts = self._ingest.facts
-        final = ExitModel(units, facts["mean"], facts["std"]).to(self._device).eval()
+        plan = self._task.plan
+        final = ExitModel(units, plan.inputs, plan.target).to(self._device).eval()
         if self._task.config.exits.keep == "chosen":
             return LadderOfExits(final=final)
-        stops = [unit.stop for unit in self._task.plan.units[:chosen]]
+        stops = [unit.stop for unit in plan.units[:chosen]]
         return LadderOfExits(final=final, heads=[unit.head for unit in units[:-1]], stops=stops)
 
     def _pass(self, ladder: LadderOfExits) -> ExitPass:
@@ -204,7 +221,7 @@ class _Assembly:
     def _files(self, ladder: LadderOfExits, made: CommittedChoice, result: dict[str, Any]) -> dict[str, bytes]:
         """Returns what the stage stores by key, the weights first."""
         weights = _saved([("", ladder.final)])
-        card = self._card(result, checksum_of(weights))
+        card = self._card(made, result, checksum_of(weights))
         layout = self._layout
         files = {
             layout.model_weights: weights,
@@ -226,22 +243,22 @@ class _Assembly:
     def _head_name(self) -> str:
         return self._task.config.train.head
 
-    def _card(self, result: dict[str, Any], checksum: str) -> ModelCard:
+    def _card(self, made: CommittedChoice, result: dict[str, Any], checksum: str) -> ModelCard:
         chosen, facts, plan = result["exits"][result["chosen_exit"]], self._ingest.facts, self._task.plan
         return ModelCard(
             model=plan.model,
-            image_shape=plan.image_shape,
-            num_classes=plan.num_classes,
+            inputs=plan.inputs,
+            target=plan.target,
             class_names=tuple(facts["class_names"]),
             head=plan.units[result["chosen_exit"]].head or self._head_name,
             num_layers=chosen["layer_idx"] + 1,
-            mean=tuple(facts["mean"]),
-            std=tuple(facts["std"]),
             exit_layer_idx=chosen["layer_idx"],
             exit_layer=chosen["layer"],
             val_accuracy=result["val_accuracy"],
             test_accuracy=result["test_accuracy"],
-            temperature=result["calibration"]["temperature"],
+            val_error=result["val_error"],
+            test_error=result["test_error"],
+            temperature=made.choice.calibration and made.choice.calibration.temperature,
             params=result["params_final"],
             params_full=result["params_full"],
             memory_budget_bytes=plan.budget_bytes,

@@ -1,58 +1,51 @@
 """Random changes of stored samples, the same for a sample and a view whatever batch it comes in.
 
-Works on batches in host memory, before they are normalised and moved to the device: on uint8 images, or on stored
-activation maps of any type. A map that is flipped or shifted is about what the trained layers would make of a flipped
-or shifted image, not exactly: their filters are not symmetric, and pools and borders do not move along. Entries:
-`augment_images`, `augment_maps`.
+Works on batches in host memory, before they are normalised and moved to the device: on images, or on stored
+activation maps, of any type. What cannot be changed so is refused when a run is planned
+(`nf_pipeline.core.sample_changes`). A map that is flipped or shifted is about what the trained layers would make of a
+flipped or shifted image, not exactly: their filters are not symmetric, and pools and borders do not move along.
+Entries: `augment_images`, `augment_maps`.
 """
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from nf_pipeline.errors import ConfigError
+from nf_pipeline.core.sample_changes import COLOR_KINDS
 from nf_pipeline.worker.image_changes import jitter_colors, rand_augment
 from nf_pipeline.worker.sample_bits import hash_samples
 
 MAX_SHIFT_PART = 8
 """Images are shifted by at most an eighth of their size: 4 pixels of 32, as usual for CIFAR."""
 
-_COLOR_KINDS = {"color": jitter_colors, "randaugment": rand_augment}
+_COLOR_KINDS = dict(zip(COLOR_KINDS, (jitter_colors, rand_augment), strict=True))
 
 
 def augment_images(x_NCHW: torch.Tensor, sample_ids: np.ndarray, *, kind: str, seed: int, view: int) -> torch.Tensor:
     """Flips images left to right, shifts them, the border filled with zeros, and changes their colours.
 
     Args:
-        x_NCHW: uint8, on the host.
+        x_NCHW: of any type, on the host; uint8 with 1 or 3 channels where colours are changed.
         sample_ids: int64 [N].
         kind: "flip", "crop_flip" (also shifted), "color" or "randaugment" (also shifted, and then changed by that).
         seed: of the run.
         view: another view, other changes: the epoch, the round or the stored view.
 
     Returns:
-        uint8 of the same shape; the input is left as it is.
+        The same type and shape; the input is left as it is.
     """
     bits_N = hash_samples(sample_ids, seed, view)
+    if x_NCHW.dtype == torch.uint16:
+        # torch moves such numbers about in few of its operations: another type of as many bytes does as well.
+        return _moved(x_NCHW.view(torch.int16), bits_N, kind).view(torch.uint16)
+    return _moved(x_NCHW, bits_N, kind)
+
+
+def _moved(x_NCHW: torch.Tensor, bits_N: np.ndarray, kind: str) -> torch.Tensor:
     if kind != "flip":
         x_NCHW = _shift(x_NCHW, bits_N >> np.uint64(8))
     x_NCHW = _flip(x_NCHW, bits_N)
     return _COLOR_KINDS[kind](x_NCHW, bits_N) if kind in _COLOR_KINDS else x_NCHW
-
-
-def check_images(kind: str, image_shape: tuple[int, ...]) -> None:
-    """Refuses images whose colours cannot be changed.
-
-    Args:
-        kind: as `train.augment`.
-        image_shape: (C, H, W).
-
-    Raises:
-        ConfigError: the kind changes colours, and the images are neither grey nor RGB.
-    """
-    if kind in _COLOR_KINDS and image_shape[0] not in (1, 3):
-        what = f"train.augment {kind} wants images of 1 or 3 channels, these are {'x'.join(map(str, image_shape))}"
-        raise ConfigError(what, "--set train.augment=crop_flip")
 
 
 def augment_maps(

@@ -8,11 +8,13 @@ from typing import Any
 import safetensors.torch
 
 from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.core.metrics import results_kind
 from nf_pipeline.documents import parse_json
 from nf_pipeline.errors import ObjectCorrupt
 from nf_pipeline.host import worker_name
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, check_stored, checksum_of, commit_manifest
+from nf_pipeline.storage.sealed import repair_fix
 from nf_pipeline.storage.shards import ShardInfo, TensorSpec, read_shard_info
 from nf_pipeline.storage.store import Store
 from nf_pipeline.worker.checkpoint import CheckpointRecord, delete_quietly, pack_units
@@ -75,15 +77,15 @@ def commit_block(
     from it.
 
     Returns:
-        The block's entry of summary.json, and `val_correct` and `num_val`. The manifest alone says which samples
-        these are.
+        The block's entry of summary.json, and `num_val` and what its exits found on so many samples, see
+        `Results.total_fact`. The manifest alone has what they found on each one.
 
     Raises:
         AlreadyExists: another attempt committed first.
         WorkerLost: this attempt's objects are no longer there.
     """
-    result = _result(task, record, made.shards)
-    facts = {**result, "val_hits": record.val_hits}
+    result = {**_result(task, record, made.shards), **_validated(store, task, record)}
+    facts = {**result, results_kind(task.plan.target).sample_fact: record.val_results}
     manifest = StageManifest(
         stage=task.stage,
         fingerprint=block_fingerprint(task.config, task.plan, task.block_idx, task.round_idx, input_checksum),
@@ -92,7 +94,7 @@ def commit_block(
         spec=made.spec,
         shards={split: tuple(infos) for split, infos in made.shards.items()},
         weights=_store_weights(store, layout, task, units) if task.is_last_round else _state(store, record),
-        facts=facts if task.is_last_round else {**facts, "checkpoint": asdict(replace(record, val_hits=[]))},
+        facts=facts if task.is_last_round else {**facts, "checkpoint": asdict(replace(record, val_results=[]))},
     )
     rounds = num_rounds(task.config)
     check_stored(store, manifest)
@@ -114,6 +116,16 @@ def _state(store: Store, record: CheckpointRecord) -> ObjectInfo:
     return ObjectInfo(key=record.key, num_bytes=store.size(record.key) or 0, checksum=record.checksum)
 
 
+def _validated(store: Store, task: BlockTask, record: CheckpointRecord) -> dict[str, Any]:
+    kind = results_kind(task.plan.target)
+    try:
+        results = [kind.from_text(text, record.num_val) for text in record.val_results]
+    except ValueError as error:
+        what = f"checkpoint {record.key} is damaged: val_results: {error}"
+        raise ObjectCorrupt(what, store.uri, repair_fix(store, record.key)) from None
+    return {kind.total_fact: [one.total for one in results], "num_val": record.num_val}
+
+
 def _result(task: BlockTask, record: CheckpointRecord, shards: Shards) -> dict[str, Any]:
     block = task.block
     return {
@@ -131,6 +143,4 @@ def _result(task: BlockTask, record: CheckpointRecord, shards: Shards) -> dict[s
         "num_shards": sum(len(infos) for infos in shards.values()),
         "attempts": task.num_attempts,
         "worker": worker_name(),
-        "val_correct": record.val_correct,
-        "num_val": record.num_val,
     }

@@ -23,7 +23,6 @@ from nf_pipeline.storage.reader import ShardReader
 from nf_pipeline.storage.shards import ShardInfo, TensorSpec, rows_per_shard
 from nf_pipeline.storage.store import Store
 from nf_pipeline.storage.views import ViewReader, view_split
-from nf_pipeline.worker.augment import check_images
 from nf_pipeline.worker.feed import Augmentation, Feed, open_feed
 from nf_pipeline.worker.progress_clock import ProgressClock
 from nf_pipeline.worker.stage_input import read_block, read_ingest
@@ -35,8 +34,9 @@ COMMIT_TIMEOUT_S = 3600.0
 def activation_spec(task: BlockTask, block_idx: int) -> TensorSpec:
     """Returns type and shape of what a block stores per sample."""
     storage, block = task.config.storage, task.plan.blocks[block_idx]
-    shape = task.plan.layers[block.layers[1] - 1].out_shape
-    return TensorSpec(dtype=storage.dtype, shape=tuple(shape), codec=storage.codec)
+    shape, target = task.plan.layers[block.layers[1] - 1].out_shape, task.plan.target
+    label_values = target.size if target.kind == "values" else 0
+    return TensorSpec(dtype=storage.dtype, shape=tuple(shape), codec=storage.codec, label_values=label_values)
 
 
 class BlockInput:
@@ -104,7 +104,7 @@ class BlockInput:
         reader = ShardReader(self._store, first, spec, batch_size=batch_size, part=self._part)
         # The first epoch of a round may begin before the round's other views are written.
         views = ViewReader(reader, others, first_epoch=self._task.epochs[0])
-        return Feed(views, spec, device, None, self._map_augmentation(spec), self.frozen)
+        return Feed(views, spec, device, None, self._map_augmentation(spec), self.frozen, self._task.plan.target)
 
     def open_val(self, batch_size: int, device: torch.device) -> Feed:
         """Opens this worker's part of the committed validation split."""
@@ -142,13 +142,13 @@ class BlockInput:
             part=self._part,
             augmentation=augmentation,
             frozen=self.frozen,
+            target=self._task.plan.target,
         )
 
     def _augmentation(self, view: int | None) -> Augmentation | None:
         train = self._task.config.train
         if train.augment == "none":
             return None
-        check_images(train.augment, self._task.plan.image_shape)
         return Augmentation(kind=train.augment, seed=train.seed, view=view)
 
     def _map_augmentation(self, spec: TensorSpec) -> Augmentation | None:

@@ -20,9 +20,9 @@ class CheckpointRecord:
         batch_size: that the epochs were trained with.
         epoch: epochs that are done.
         key, checksum: the tensors; empty as long as no epoch is done.
-        val_correct: validation samples that each unit of the block classified correctly after that epoch.
-        num_val: of so many.
-        val_hits: which they are, see `nf_pipeline.core.hits.hits_to_text`; a round leaves them to its manifest.
+        num_val: samples of the validation split.
+        val_results: what each unit of the block made of them after that epoch, see
+            `nf_pipeline.core.results.Results.to_text`; a round leaves them to its manifest.
         peak_bytes: measured so far.
         train_s, loader_wait_s, write_s: seconds spent so far, over all attempts.
     """
@@ -32,9 +32,8 @@ class CheckpointRecord:
     epoch: int = 0
     key: str = ""
     checksum: str = ""
-    val_correct: list[int] = field(default_factory=list)
     num_val: int = 0
-    val_hits: list[str] = field(default_factory=list)
+    val_results: list[str] = field(default_factory=list)
     peak_bytes: int = 0
     train_s: float = 0.0
     loader_wait_s: float = 0.0
@@ -67,6 +66,6 @@ def read_record(store: Store, key: str) -> CheckpointRecord | None:
 
 
 def _check_counts(record: CheckpointRecord) -> None:
-    counts = (record.epoch, record.num_val, record.peak_bytes, *record.val_correct)
+    counts = (record.epoch, record.num_val, record.peak_bytes)
     if record.batch_size < 1 or min(counts) < 0:
-        raise ValueError(f"batch_size, epoch, num_val, peak_bytes, val_correct: got {record.batch_size}, {counts}")
+        raise ValueError(f"batch_size, epoch, num_val, peak_bytes: got {record.batch_size}, {counts}")

@@ -34,7 +34,7 @@ class Choice:
         ingest_checksum: content checksum of the images whose test labels it opens.
         chosen_exit: position in the list of exits.
         reason: one line for people.
-        calibration: of the chosen exit's probabilities; None where nobody asks for them.
+        calibration: of the chosen exit's probabilities; None where nobody asks for them, or there are none.
         early_exits: how samples may leave before the chosen exit; None where exits before it are not kept.
         format_version: of this document.
     """
@@ -46,6 +46,13 @@ class Choice:
     calibration: Calibration | None = None
     early_exits: EarlyExitPlan | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def temperatures(self) -> tuple[float, ...] | None:
+        """Of every exit that is kept, the chosen one last; None where their outputs are no probabilities."""
+        if self.early_exits is not None:
+            return self.early_exits.temperatures
+        return None if self.calibration is None else (self.calibration.temperature,)
 
     def check(self) -> None:
         """Checks what is computed with it.
@@ -59,6 +66,9 @@ class Choice:
             self.calibration.check()
         if self.early_exits is not None:
             self.early_exits.check()
+            if len(self.early_exits.temperatures) != self.chosen_exit + 1:
+                got = f"got {len(self.early_exits.temperatures)} temperatures"
+                raise ValueError(f"early_exits: {got}, want those of exits 0 to {self.chosen_exit}")
 
 
 @dataclass(frozen=True, kw_only=True)

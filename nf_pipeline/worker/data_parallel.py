@@ -11,13 +11,14 @@ import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed, nn
 
 from nf_pipeline.core.collectives import PeerLost, largest_of_group, sum_over_group
 from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.core.results import Results
 from nf_pipeline.core.sync_batch_norm import synchronise_batch_norms
 from nf_pipeline.errors import WorkerLost
 from nf_pipeline.gang import Gang
@@ -25,6 +26,8 @@ from nf_pipeline.gang import Gang
 # Numbers of the host travel by gloo on every device: no GPU is made to wait for them.
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 _INTERFACE = "GLOO_SOCKET_IFNAME"
+
+ResultsT = TypeVar("ResultsT", bound=Results)
 
 
 class Replicas:
@@ -159,21 +162,24 @@ class Replicas:
             int(total) if isinstance(own, int) else total for own, total in zip(values, sums.tolist(), strict=True)
         ]
 
-    def union(self, sets: Sequence[int], num_bits: int) -> list[int]:
-        """Returns sets of which every member has a part of its own, joined; no bit may be set by two of them.
+    def union(self, parts: Sequence[ResultsT], first: int, num_samples: int) -> list[ResultsT]:
+        """Returns results of which every member has a part of its own, joined.
 
         Args:
-            sets: bits of integers, below `num_bits`; as many in every member.
+            parts: what each exit made of this member's samples; of as many exits in every member.
+            first: place of its first sample among all.
+            num_samples: of all members.
 
         Raises:
             PeerLost: a member is gone.
         """
         if self.is_alone:
-            return list(sets)
-        num_bytes = -(-num_bits // 8)
-        joined = bytes(self.total([byte for one in sets for byte in one.to_bytes(num_bytes, "little")]))
-        starts = range(0, len(joined), num_bytes)
-        return [int.from_bytes(joined[start : start + num_bytes], "little") for start in starts]
+            return list(parts)
+        placed = [one.spread_over(first, num_samples).to_bytes() for one in parts]
+        # What nothing is known of is zero: sums of bytes are the bytes themselves.
+        joined, size = bytes(self.total(list(b"".join(placed)))), len(placed[0])
+        kind = type(parts[0])
+        return [kind.from_bytes(joined[start : start + size], num_samples) for start in range(0, len(joined), size)]
 
     def largest(self, value: float) -> float:
         """Returns the largest value of all members, an integer if this one's is.

@@ -1,7 +1,8 @@
 """Everything that the validation split decides: the exit, its temperature, and who may leave before it.
 
-The exit itself needs no forward pass: every block noted which validation samples its heads got right. Temperatures
-and thresholds need one over the validation split. Reads no test labels. Entries: `list_exits`, `calibrated`.
+The exit itself needs no forward pass: every block noted what its heads made of the validation samples. Temperatures
+and thresholds, which only classes have, need one over the validation split. Reads no test labels. Entries:
+`list_exits`, `calibrated`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,10 @@ from nf_pipeline.core.calibration import Calibration, calibrate, fit_temperature
 from nf_pipeline.core.early_exit_model import EarlyExitPlan, confidence
 from nf_pipeline.core.early_exits import ExitCosts, find_points
 from nf_pipeline.core.exits import ExitCandidate
-from nf_pipeline.core.hits import hits_from_text
+from nf_pipeline.core.metrics import results_kind
+from nf_pipeline.core.results import Results
 from nf_pipeline.errors import Diverged, ObjectCorrupt
-from nf_pipeline.plans import Plan
+from nf_pipeline.plans import BlockPlan, Plan
 
 
 def list_exits(plan: Plan, block_facts: Sequence[Mapping[str, Any]]) -> list[ExitCandidate]:
@@ -25,25 +27,39 @@ def list_exits(plan: Plan, block_facts: Sequence[Mapping[str, Any]]) -> list[Exi
     Parameters and FLOPs are those of the model that ends at the exit, its head included.
 
     Raises:
-        ObjectCorrupt: a block does not say which samples its exits got right.
+        ObjectCorrupt: a block does not say what its exits made of the samples; names it.
     """
-    num_val = block_facts[0]["num_val"]
-    try:
-        hits = [hits_from_text(text, num_val) for facts in block_facts for text in facts["val_hits"]]
-    except ValueError as error:
-        raise ObjectCorrupt(f"a block's manifest is damaged: facts.val_hits: {error}") from None
-    costs = exit_costs(plan, len(hits))
+    kind, num_val = results_kind(plan.target), block_facts[0]["num_val"]
+    results = [
+        one
+        for block, facts in zip(plan.blocks, block_facts, strict=False)
+        for one in _results(kind, block, facts, num_val)
+    ]
+    costs = exit_costs(plan, len(results))
     return [
         ExitCandidate(
             layer_idx=unit.stop - 1,
             layer=plan.layers[unit.stop - 1].name,
-            hits=one,
-            num_val=num_val,
+            results=one,
             params=sum(layer.params for layer in plan.layers[: unit.stop]) + unit.head_params,
             flops=layers_flops + head_flops,
         )
-        for unit, one, layers_flops, head_flops in zip(plan.units, hits, costs.layers, costs.heads, strict=False)
+        for unit, one, layers_flops, head_flops in zip(plan.units, results, costs.layers, costs.heads, strict=False)
     ]
+
+
+def _results(kind: type[Results], block: BlockPlan, facts: Mapping[str, Any], num_val: int) -> list[Results]:
+    try:
+        results = [kind.from_text(text, num_val) for text in facts[kind.sample_fact]]
+    except ValueError as error:
+        problem = str(error)
+    else:
+        num_exits = block.units[1] - block.units[0]
+        if len(results) == num_exits:
+            return results
+        problem = f"got results of {len(results)} exits, want {num_exits}"
+    what = f"the manifest of block-{block.block_idx:03d} is damaged: facts.{kind.sample_fact}: {problem}"
+    raise ObjectCorrupt(what, fix="resume the run with --repair")
 
 
 def exit_costs(plan: Plan, num_exits: int) -> ExitCosts:

@@ -1,10 +1,10 @@
 """Runs the exits of the final model over a split of the images, in stored order.
 
 Of the validation split the logits are kept, as many as memory should hold, for temperatures and thresholds; of the
-test split only how sure every exit was of its prediction, and whether it was right. Knows nothing of how exits are
+test split only what every exit made of each sample, and of classes how sure it was. Knows nothing of how exits are
 chosen. Entry class: `ExitPass`.
 
-Shapes: E exits, N samples, C channels, H, W, K classes.
+Shapes: E exits, N samples, C channels, H, W, K outputs.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -15,10 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from nf_pipeline.core.dtypes import TORCH_DTYPES
 from nf_pipeline.core.early_exit_model import all_logits, confidence
-from nf_pipeline.core.exit_model import ExitModel
+from nf_pipeline.core.exit_model import ExitModel, own_units
+from nf_pipeline.core.hits import Hits
+from nf_pipeline.core.metrics import results_kind
+from nf_pipeline.core.results import Results
 from nf_pipeline.data.held_out import HeldOutLabels
 from nf_pipeline.events import Progress
+from nf_pipeline.samples import TargetSpec
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.reader import Batch, ShardReader
 from nf_pipeline.storage.store import Store
@@ -60,6 +65,31 @@ class Scores:
     confidence_EN: np.ndarray
     right_EN: np.ndarray
     unscaled_N: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookAtTest:
+    """What the look at the test split found.
+
+    Attributes:
+        results: of the last exit.
+        scores: how sure exits were; None where they predict no classes.
+    """
+
+    results: Results
+    scores: Scores | None = None
+
+
+def measure(outputs_NK: torch.Tensor, labels: np.ndarray, target: TargetSpec) -> np.ndarray:
+    """Returns what an exit's results are made of, see `nf_pipeline.core.results.Results.of`.
+
+    Args:
+        outputs_NK: logits, or standardised values, on the host.
+        labels: as they are stored: int64 [N], or float32 [N, K] in their own units.
+        target: what they are.
+    """
+    wanted, scale = torch.from_numpy(labels), own_units(target)
+    return results_kind(target).measure(outputs_NK, wanted if scale is None else scale.standardised(wanted)).numpy()
 
 
 class ExitPass:
@@ -110,10 +140,35 @@ class ExitPass:
         yield from self._run(split, keep)
         return [torch.cat(parts) for parts in zip(*found, strict=True)], torch.cat(labels)
 
+    def look(
+        self, labels: HeldOutLabels, target: TargetSpec, temperatures: Sequence[float] | None
+    ) -> Generator[Progress, None, LookAtTest]:
+        """Runs the exits over the test split, whose labels are kept apart.
+
+        Args:
+            target: what they predict.
+            temperatures: of every exit; None where there are none, and the last exit alone counts.
+        """
+        if temperatures is None:
+            return LookAtTest(results=(yield from self.results("test", labels, target)))
+        scores = yield from self.scores("test", labels, temperatures)
+        return LookAtTest(results=Hits.of(scores.right_EN[-1]), scores=scores)
+
+    def results(self, split: str, labels: HeldOutLabels, target: TargetSpec) -> Generator[Progress, None, Results]:
+        """Runs the exits over a whole split whose labels are kept apart, and measures the last one."""
+        measured: list[np.ndarray] = []
+
+        def keep(outputs: list[torch.Tensor], batch: Batch) -> bool:
+            measured.append(measure(outputs[-1], labels.of(batch.sample_ids), target))
+            return True
+
+        yield from self._run(split, keep)
+        return results_kind(target).of(np.concatenate(measured))
+
     def scores(
         self, split: str, labels: HeldOutLabels, temperatures: Sequence[float]
     ) -> Generator[Progress, None, Scores]:
-        """Runs the exits over a whole split whose labels are kept apart."""
+        """Runs the exits over a whole split of classified samples whose labels are kept apart."""
         sure: list[np.ndarray] = []
         right: list[np.ndarray] = []
         unscaled: list[np.ndarray] = []
@@ -134,14 +189,14 @@ class ExitPass:
         )
 
     def _run(self, split: str, keep: Callable[[list[torch.Tensor], Batch], bool]) -> Generator[Progress, None, None]:
-        """Hands every batch's logits on, until there are no more or they are not wanted any more."""
+        """Hands every batch's outputs on, until there are no more or they are not wanted any more."""
         spec, exits = self._ingest.spec, self._exits
         reader = ShardReader(self._store, self._ingest.shards[split], spec, batch_size=self._batch_size)
         clock, done = ProgressClock(), 0
         with closing(reader.batches(seed=0, epoch=0, shuffle=False)) as batches:
             for batch in batches:
-                pixels_NCHW = torch.from_numpy(batch.tensors).view(-1, *spec.shape).to(self._device)
-                logits = all_logits(exits.final, exits.heads, exits.stops, pixels_NCHW)
+                stored_N = torch.from_numpy(batch.tensors).view(TORCH_DTYPES[spec.dtype]).view(-1, *spec.shape)
+                logits = all_logits(exits.final, exits.heads, exits.stops, stored_N.to(self._device))
                 done += len(batch.sample_ids)
                 if not keep([one.float().cpu() for one in logits], batch):
                     break

@@ -1,7 +1,8 @@
 """Batches of stored samples as tensors on the training device.
 
-Images (uint8) are normalised with the train split's mean and standard deviation; stored activations are widened
-to float32, and where bytes stand for numbers, scaled. On a GPU that happens there, and the threads that gather leave
+What was ingested becomes what the network takes: numbers normalised with the train split's mean and standard
+deviation, tokens int64. Stored activations are widened to float32, and where bytes stand for numbers, scaled. Labels
+that are values are standardised. On a GPU that happens there, and the threads that gather leave
 the stored bytes in pinned memory. On a CPU these threads do it all, so that a step takes over a float32 batch that is
 ready. What they have made ahead, `BATCHES_AHEAD` batches, is the loader's host memory; a batch counts as device
 memory from the moment the consumer tracks it.
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 
 from nf_pipeline.core.dtypes import TORCH_DTYPES
-from nf_pipeline.core.exit_model import Normalise
+from nf_pipeline.core.exit_model import Normalise, own_units
 from nf_pipeline.core.frozen import FrozenUnits
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.memory import PeakMeter
+from nf_pipeline.samples import TargetSpec, inputs_of, target_of
 from nf_pipeline.storage.affine import Affine
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.parts import WHOLE, Part
@@ -51,10 +53,12 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Made:
-    """What the gathering threads make of a batch: float32 on a CPU, the stored type in pinned memory for a GPU."""
+    """What the gathering threads make of a batch: as the network takes it on a CPU, the stored type in pinned memory
+    for a GPU."""
 
     x_NCHW: torch.Tensor
     y_N: torch.Tensor
+    labels: np.ndarray
     sample_ids: np.ndarray
     affine: Affine | None
 
@@ -63,24 +67,27 @@ class DeviceBatch:
     """One batch, whose inputs can be handed over so that nobody else keeps them alive.
 
     Attributes:
-        y_N: int64 labels on the device.
+        y_N: labels on the device as units are trained on them: int64 classes [N], or float32 standardised values
+            [N, K].
+        labels: the same as they are stored, on the host: int64 [N], or float32 [N, K] in their own units.
         sample_ids: int64 [N] on the host.
     """
 
     def __init__(
-        self, x_NCHW: torch.Tensor, y_N: torch.Tensor, sample_ids: np.ndarray, frozen: FrozenUnits | None = None
+        self, x_NCHW: torch.Tensor, y_N: torch.Tensor, stored: "_Made", frozen: FrozenUnits | None = None
     ) -> None:
         self._x_NCHW: torch.Tensor | None = x_NCHW
         self._frozen = frozen
         self.y_N = y_N
-        self.sample_ids = sample_ids
+        self.labels = stored.labels
+        self.sample_ids = stored.sample_ids
 
     def track(self, meter: PeakMeter) -> None:
         """Counts the batch as device memory."""
         meter.track(self._x_NCHW, self.y_N)
 
     def take_x(self) -> torch.Tensor:
-        """Hands over the inputs, float32; once. A block's first unit is done with them long before its last.
+        """Hands over what layers take; once. A block's first unit is done with it long before its last.
 
         Where the block starts from an earlier one's activations, or the images, the layers between run here.
         """
@@ -100,7 +107,9 @@ class _Maker:
         device: torch.device,
         normalise: Normalise | None,
         augmentation: Augmentation | None,
+        target: TargetSpec | None,
     ) -> None:
+        self._own_units = own_units(target) if target is not None else None
         self._spec = spec
         self._device = device
         self._normalise = normalise
@@ -116,14 +125,18 @@ class _Maker:
             stored = self._augmented(self._augmentation, stored, batch.sample_ids, epoch)
         on_host = self._device.type != "cuda"
         x_NCHW = laid_out(self.numbers(stored, batch.affine)) if on_host else stored.pin_memory()
+        if on_host and x_NCHW.data_ptr() == stored.data_ptr():
+            x_NCHW = x_NCHW.clone()  # float32 that stays as it is would hand out the loader's own buffer
         y_N = torch.from_numpy(batch.labels)
-        return _Made(x_NCHW=x_NCHW, y_N=y_N, sample_ids=batch.sample_ids, affine=batch.affine)
+        if self._own_units is not None:
+            y_N = self._own_units.standardised(y_N)
+        return _Made(x_NCHW=x_NCHW, y_N=y_N, labels=batch.labels, sample_ids=batch.sample_ids, affine=batch.affine)
 
     def numbers(self, stored: torch.Tensor, affine: Affine | None) -> torch.Tensor:
-        """Turns what is stored into float32, wherever it is."""
+        """Turns what is stored into what layers take, wherever it is."""
         if self._normalise is not None:
             return self._normalise(stored)
-        # copy: float32 shards would otherwise hand out the loader's own buffer.
+        # copy: scaling works in place, and float32 shards would hand out the loader's own buffer.
         numbers = stored.to(dtype=torch.float32, copy=True)
         return numbers if affine is None else self._scaled(numbers, affine)
 
@@ -156,11 +169,12 @@ class Feed:
         normalise: Normalise | None,
         augmentation: Augmentation | None = None,
         frozen: FrozenUnits | None = None,
+        target: TargetSpec | None = None,
     ) -> None:
         self._reader = reader
         self._frozen = frozen
         self._device = device
-        self._maker = _Maker(spec, device, normalise, augmentation)
+        self._maker = _Maker(spec, device, normalise, augmentation, target)
         self._wait_s = 0.0
         self._begun: tuple[dict[str, Any], Generator[_Made, None, None]] | None = None
 
@@ -231,7 +245,7 @@ class Feed:
             if self._device.type == "cuda":
                 x_NCHW = self._maker.numbers(x_NCHW.to(self._device, non_blocking=True), batch.affine)
                 y_N = y_N.to(self._device)
-            batch = DeviceBatch(x_NCHW, y_N, batch.sample_ids, self._frozen)
+            batch = DeviceBatch(x_NCHW, y_N, batch, self._frozen)
         self._wait_s += time.perf_counter() - start
         return batch
 
@@ -251,10 +265,15 @@ def open_feed(
     part: Part = WHOLE,
     augmentation: Augmentation | None = None,
     frozen: FrozenUnits | None = None,
+    target: TargetSpec | None = None,
 ) -> Feed:
-    """Opens one split, or a part of it, of an ingest or block manifest for reading; `frozen` runs on every batch."""
+    """Opens one split, or a part of it, of an ingest or block manifest for reading; `frozen` runs on every batch.
+
+    What is predicted stands in the facts of an ingest manifest; for stored activations `target` says it.
+    """
     reader = ShardReader(store, manifest.shards[split], manifest.spec, batch_size=batch_size, part=part)
-    # Only images carry statistics; activations are stored as the layers made them.
+    # Only what was ingested is to be normalised; activations are stored as the layers made them.
     facts = manifest.facts
-    normalise = Normalise(facts["mean"], facts["std"]).to(device) if "mean" in facts else None
-    return Feed(reader, manifest.spec, device, normalise, augmentation, frozen)
+    normalise = Normalise(inputs_of(facts)).to(device) if "inputs" in facts else None
+    target = target_of(facts) if "target" in facts else target
+    return Feed(reader, manifest.spec, device, normalise, augmentation, frozen, target)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nf_pipeline.core.objectives import CrossEntropy
+from nf_pipeline.core.objectives import Objective
 from nf_pipeline.errors import Diverged
 
 CHECK_EVERY = 16
@@ -20,14 +20,14 @@ class LossGuard:
     Args:
         stage: for the error.
         objectives: of the block's units, in order.
-        num_classes: K.
+        num_outputs: a score per class, or each value.
         epoch: 0-based, for the error.
     """
 
-    def __init__(self, stage: str, objectives: Sequence[CrossEntropy], num_classes: int, epoch: int) -> None:
+    def __init__(self, stage: str, objectives: Sequence[Objective], num_outputs: int, epoch: int) -> None:
         self._stage = stage
         self._epoch = epoch
-        self._limits = [objective.limit(num_classes, EXPLODED_TIMES_CHANCE) for objective in objectives]
+        self._limits = [objective.limit(num_outputs, EXPLODED_TIMES_CHANCE) for objective in objectives]
         self._pending: list[torch.Tensor] = []
         self._checked: list[list[float]] = []
 

@@ -3,7 +3,7 @@
 Computes what of it is arithmetic. Entry: `describe_result`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,11 +12,15 @@ import torch
 from nf_pipeline.core.calibration import confidence_error
 from nf_pipeline.core.early_exit_model import EarlyExitPlan
 from nf_pipeline.core.early_exits import ExitCosts, measure_point
-from nf_pipeline.core.exits import ExitCandidate, ExitRule, wilson_interval
+from nf_pipeline.core.exits import ExitCandidate, ExitRule
 from nf_pipeline.core.optimism import choice_optimism
 from nf_pipeline.worker.choice import CommittedChoice
-from nf_pipeline.worker.exit_pass import Scores
+from nf_pipeline.worker.exit_pass import LookAtTest, Scores
 from nf_pipeline.worker.tasks import AssembleTask
+
+MEAN_NAMES = {"accuracy": "accuracy", "error": "error"}
+INTERVAL_NAMES = {"accuracy": "interval", "error": "error_interval"}
+"""What a mean and its interval are called in the document, by metric."""
 
 
 def describe_result(
@@ -24,60 +28,72 @@ def describe_result(
     exits: Sequence[ExitCandidate],
     costs: ExitCosts,
     made: CommittedChoice,
-    scores: Scores | None,
+    look: LookAtTest | None,
 ) -> dict[str, Any]:
     """Returns the facts of the stage but for the final model's parameters.
 
     `exits`, `chosen_exit`, `chosen_reason`, `val_accuracy`, `test_accuracy` and `params_full` stand for themselves.
-    `val_optimism` is how much the choice makes the validation accuracy look better on average,
-    `val_accuracy_corrected` what is left of it, `val_interval_corrected` an interval that holds whichever exit is
-    chosen. `test_interval` is Wilson's, `test_reads` for how many choices the test split was looked at.
-    `calibration` has the temperature and what it changed, on validation and test; `early_exits` the exits that are
-    kept before the chosen one, None if none are, with the accuracy and cost of every operating point.
+    `metric` says whether exits are compared by accuracy or by error: what is named after the other one is None.
+    `val_optimism` is how much better the choice makes validation look on average, `val_accuracy_corrected` or
+    `val_error_corrected` what is left of it, `val_interval_corrected` or `val_error_interval_corrected` an interval
+    that holds whichever exit is chosen. `test_reads` says for how many choices the test split was looked at.
+    `calibration` has the temperature and what it changed, on validation and test, None where values are predicted;
+    `early_exits` the exits that are kept before the chosen one, None if none are, with the accuracy and cost of every
+    operating point.
 
     Args:
         costs: of all exits.
         made: the committed choice.
-        scores: of the exits that are kept on the test split; None without one.
+        look: at the test split; None without one.
     """
     choice, confidence = made.choice, task.config.exits.confidence
-    one = exits[choice.chosen_exit]
-    rule = ExitRule(tolerance_points=task.config.exits.tolerance, confidence=confidence)
-    optimism = choice_optimism(exits, rule)
+    one, scores = exits[choice.chosen_exit], look.scores if look is not None else None
+    rule = ExitRule(tolerance=task.config.exits.tolerance, confidence=confidence)
+    optimism, metric = choice_optimism(exits, rule), one.results.metric
+    corrected = min(one.results.most, max(0.0, one.results.mean - one.results.sign * optimism))
     return {
+        "metric": metric,
         "exits": [_exit(candidate, confidence) for candidate in exits],
         "chosen_exit": choice.chosen_exit,
         "chosen_reason": choice.reason,
-        "val_accuracy": one.val_accuracy,
+        **_by_metric(metric, "val_{}", one.results.mean),
         "val_optimism": optimism,
-        "val_accuracy_corrected": min(1.0, max(0.0, one.val_accuracy - optimism)),
-        "val_interval_corrected": list(one.interval_among(len(exits), confidence)),
-        **_test(scores, confidence),
-        "test_reads": 0 if scores is None else made.num_test_reads,
-        "calibration": {**asdict(choice.calibration), **_test_calibration(scores)},
+        **_by_metric(metric, "val_{}_corrected", corrected),
+        **_by_metric(metric, "val_{}_corrected", one.interval_among(len(exits), confidence), INTERVAL_NAMES),
+        **_test(metric, look, confidence),
+        "test_reads": 0 if look is None else made.num_test_reads,
+        "calibration": choice.calibration and {**asdict(choice.calibration), **_test_calibration(scores)},
         "early_exits": _early_exits(choice.early_exits, exits, costs, scores),
         "params_full": task.plan.params_full,
     }
 
 
 def _exit(candidate: ExitCandidate, confidence: float) -> dict[str, Any]:
+    metric = candidate.results.metric
     return {
         "layer_idx": candidate.layer_idx,
         "layer": candidate.layer,
-        "val_accuracy": candidate.val_accuracy,
-        "val_interval": list(candidate.interval(confidence)),
+        **_by_metric(metric, "val_{}", candidate.results.mean),
+        **_by_metric(metric, "val_{}", candidate.interval(confidence), INTERVAL_NAMES),
         "params": candidate.params,
         "flops": candidate.flops,
     }
 
 
-def _test(scores: Scores | None, confidence: float) -> dict[str, Any]:
-    if scores is None:
-        return {"test_accuracy": None, "test_interval": None}
-    right_N = scores.right_EN[-1]
-    num_right, num_test = int(right_N.sum()), len(right_N)
-    interval = list(wilson_interval(num_right, num_test, confidence))
-    return {"test_accuracy": num_right / num_test, "test_interval": interval}
+def _test(metric: str, look: LookAtTest | None, confidence: float) -> dict[str, Any]:
+    mean = interval = None
+    if look is not None:
+        mean, interval = look.results.mean, look.results.interval(confidence)
+    return {
+        **_by_metric(metric, "test_{}", mean),
+        **_by_metric(metric, "test_{}", interval, INTERVAL_NAMES),
+    }
+
+
+def _by_metric(metric: str, key: str, found: Any, names: Mapping[str, str] = MEAN_NAMES) -> dict[str, Any]:
+    """Stores what was found under the name of its metric, and None under those of the others."""
+    found = list(found) if isinstance(found, tuple) else found
+    return {key.format(name): found if which == metric else None for which, name in names.items()}
 
 
 def _test_calibration(scores: Scores | None) -> dict[str, Any]:

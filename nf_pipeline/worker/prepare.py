@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from nf_pipeline.data.ingest import ingest
 from nf_pipeline.events import Event, StageDone, StageStarted
 from nf_pipeline.host import worker_name
+from nf_pipeline.samples import inputs_of, target_of
 from nf_pipeline.worker.progress_clock import ProgressClock
 from nf_pipeline.worker.stage_input import open_run_store, read_ingest
 from nf_pipeline.worker.tasks import PrepareTask
@@ -32,8 +33,8 @@ def make_run_plan(task: PrepareTask) -> Iterator[Event]:
     facts = read_ingest(store, layout).facts
     plan = make_plan(
         task.config,
-        image_shape=tuple(facts["image_shape"]),
-        num_classes=facts["num_classes"],
+        inputs=inputs_of(facts),
+        target=target_of(facts),
         split_rows=facts["split_rows"],
         worker_memory_bytes=task.worker_memory_bytes,
         rates=measure_for(task.config, store, layout.attempt_prefix("plan", task.attempt)),

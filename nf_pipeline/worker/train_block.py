@@ -13,12 +13,13 @@ from functools import cached_property, partial
 
 import torch
 
-from nf_pipeline.core.hits import hits_to_text
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.local_unit import LocalUnit, build_units
 from nf_pipeline.core.memory import measure_peak
+from nf_pipeline.core.metrics import results_kind
 from nf_pipeline.core.mixup import draw_mix
 from nf_pipeline.core.models import build_model
+from nf_pipeline.core.results import Results
 from nf_pipeline.core.train_step import make_optimizer, resolve_device, train_step
 from nf_pipeline.core.user_code import user_code
 from nf_pipeline.errors import OutOfBudget, WorkerLost
@@ -35,7 +36,7 @@ from nf_pipeline.worker.block_commit import Made, commit_block, merge_parts
 from nf_pipeline.worker.block_input import BlockInput
 from nf_pipeline.worker.checkpoint import CheckpointRecord, restore, save_record, save_tensors
 from nf_pipeline.worker.data_parallel import Replicas
-from nf_pipeline.worker.evaluate import find_hits
+from nf_pipeline.worker.evaluate import find_results
 from nf_pipeline.worker.feed import Feed
 from nf_pipeline.worker.frozen_prefix import load_prefix
 from nf_pipeline.worker.loss_guard import LossGuard
@@ -54,8 +55,8 @@ def train_block(task: BlockTask) -> Iterator[Event]:
 
     Yields:
         StageStarted, Progress and EpochDone as it works, Publishing when activations begin to be written, StageDone
-        at the end (result: the block's entry of summary.json, and `val_correct` and `num_val` for the choice of the
-        exit).
+        at the end (result: the block's entry of summary.json, and what `Results.total_fact` names and `num_val` for
+        the choice of the exit).
 
     Raises:
         Diverged: a loss became NaN, infinite or exploded, or activations do not fit the storage type.
@@ -116,6 +117,11 @@ class _Attempt:
         self.meter.track(*self.units, *self.optimizers, *([self.input.frozen] if self.input.frozen else []))
 
     @property
+    def results_kind(self) -> type[Results]:
+        """What validation measures."""
+        return results_kind(self.task.plan.target)
+
+    @property
     def peak_bytes(self) -> int:
         """Largest measured so far, earlier attempts' epochs included."""
         return max(self.record.peak_bytes, self.meter.peak_bytes)
@@ -149,26 +155,26 @@ class _Attempt:
         members = [self.task.gang.rank] if self.task.gang.size > 1 else []
         seed_everything(self.train_config.seed, self.task.block_idx, epoch, *members)
         objectives = [unit.objective for unit in self.units]
-        guard = LossGuard(self.task.stage, objectives, self.task.plan.num_classes, epoch)
+        guard = LossGuard(self.task.stage, objectives, self.task.plan.target.size, epoch)
         yield from self._train_batches(epoch, guard)
         images_per_s = clock.rate(self.train_feed.num_rows * self.task.gang.size)
         yield from self.input.wait_committed()
         # The weights stay as they are while they are validated: what is slow about a checkpoint is done meanwhile.
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as beside:
             saving = beside.submit(self._save_tensors, epoch + 1)
-            hits, num_val = yield from self._validate(epoch)
+            results = yield from self._validate(epoch)
         self._check_budget()
         done = EpochDone(
             stage=self.task.stage,
             epoch=epoch + 1,
             num_epochs=self.train_config.epochs,
             losses=guard.mean_losses(),
-            val_accuracies=[one.bit_count() / num_val for one in hits],
             images_per_s=images_per_s,
             loader_wait_s=self.train_feed.wait_s - waited,
             peak_bytes=self.replicas.largest(self.peak_bytes),
+            **{self.results_kind.epoch_field: [one.mean for one in results]},
         )
-        self._checkpoint(saving.result(), done, hits, num_val, clock.seconds)
+        self._checkpoint(saving.result(), done, results, clock.seconds)
         yield done
 
     def write(self) -> Generator[Event, None, dict[str, list[ShardInfo]]]:
@@ -240,17 +246,16 @@ class _Attempt:
         # Fresh activations are read in the order in which they are written; see block_input.
         return not self.input.is_fresh or epoch > self.task.epochs[0]
 
-    def _validate(self, epoch: int) -> Generator[Progress, None, tuple[list[int], int]]:
-        """Returns which samples every unit gets right, of the whole split, and how many samples that has."""
+    def _validate(self, epoch: int) -> Generator[Progress, None, list[Results]]:
+        """Returns what every unit makes of the samples of the whole split."""
         feed, clock, gang = self.val_feed, ProgressClock(), self.task.gang
-        finding = find_hits(self.units, feed, self.train_config.precision, self.meter)
+        finding = find_results(self.units, feed, self.train_config.precision, self.meter, self.results_kind)
         while True:
             try:
                 done = next(finding)
             except StopIteration as finished:
-                num_val = feed.num_rows_total
-                first = Part(index=gang.rank, count=gang.size).rows(num_val).start
-                return self.replicas.union([one << first for one in finished.value], num_val), num_val
+                rows = Part(index=gang.rank, count=gang.size).rows(feed.num_rows_total)
+                return self.replicas.union(finished.value, rows.start, feed.num_rows_total)
             if clock.is_due():
                 yield self._progress("validate", epoch, done, feed.num_rows, clock.rate(done))
 
@@ -311,16 +316,15 @@ class _Attempt:
         return save_tensors(self.store, key, self.units, self.optimizers)
 
     def _checkpoint(
-        self, tensors: ObjectInfo | None, done: EpochDone, hits: list[int], num_val: int, seconds: float
+        self, tensors: ObjectInfo | None, done: EpochDone, results: list[Results], seconds: float
     ) -> None:
         self.record = replace(
             self.record,
             fingerprint=self._fingerprint,
             batch_size=self.task.batch_size,
             epoch=done.epoch,
-            val_correct=[one.bit_count() for one in hits],
-            num_val=num_val,
-            val_hits=[hits_to_text(one, num_val) for one in hits],
+            num_val=results[0].num_samples,
+            val_results=[one.to_text() for one in results],
             peak_bytes=done.peak_bytes,
             train_s=self.record.train_s + seconds,
             loader_wait_s=self.record.loader_wait_s + done.loader_wait_s,
@@ -343,8 +347,8 @@ class _Attempt:
 def units_of(task: BlockTask) -> tuple[list[LocalUnit], list[LocalUnit]]:
     """Builds the units of the blocks that are run again, and those of the block itself, which are to train."""
     plan, train = task.plan, task.config.train
-    model = build_model(plan.model, image_shape=plan.image_shape, num_classes=plan.num_classes, seed=train.seed)
+    model = build_model(plan.model, inputs=plan.inputs, num_outputs=plan.target.size, seed=train.seed)
     first, stop = task.block.units
     begin = first if not task.block.recomputed else plan.blocks[task.block.source_block + 1].units[0]
-    build = partial(build_units, cut(model, plan.image_shape), train.head, plan.spans, plan.num_classes, train.seed)
+    build = partial(build_units, cut(model, plan.inputs), train.head, plan.spans, plan.target, train.seed)
     return build(units=range(begin, first)), build(units=range(first, stop), train=train)

@@ -129,7 +129,7 @@ class ActivationWriter:
         with self._open(split, feed) as writer:
             for batch in feed.batches():
                 stored = self._encoded(self._output(batch))
-                writer.append(stored, batch.y_N.cpu().numpy(), batch.sample_ids)
+                writer.append(stored, batch.labels, batch.sample_ids)
                 done += len(batch.sample_ids)
                 if clock.is_due():
                     rate = clock.rate(done)

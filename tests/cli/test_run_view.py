@@ -1,10 +1,13 @@
 """The texts of a run's progress, from events with given times."""
 
+from dataclasses import replace
+
 import pytest
 
 from nf_pipeline.cli.run_view import RunView, format_duration, format_peak
 from nf_pipeline.events import EpochDone, Note, Progress, StageDone, StageFailed, StageSkipped, StageStarted
 from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 GIB = 2**30
 
@@ -43,8 +46,8 @@ def plan_of(block_flops: list[int], budget_bytes: int = 6 * GIB) -> Plan:
     ]
     return Plan(
         model="convnet",
-        num_classes=10,
-        image_shape=(1, 8, 8),
+        target=TargetSpec(size=10),
+        inputs=InputSpec(shape=(1, 8, 8)),
         budget_bytes=budget_bytes,
         layers=tuple(layers),
         units=tuple(units),
@@ -207,3 +210,9 @@ def test_format_duration_uses_at_most_two_units(seconds: float | None, text: str
 )
 def test_format_peak_uses_the_unit_of_the_budget(peak: int | None, budget: int | None, text: str) -> None:
     assert format_peak(peak, budget) == text
+
+
+def test_line_of_a_block_that_predicts_values_shows_the_error_of_its_last_unit():
+    done = replace(epoch_done("block-000", 10.0, 1), val_accuracies=[], val_errors=[0.9, 0.4128])
+    view = follow(started("block-000", 0.0), done)
+    assert "| val error 0.413 |" in view.line("block-000")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from nf_pipeline.cli.tables import (
+    adaptive_text,
     align,
     checks_text,
     evaluation_text,
@@ -16,6 +17,7 @@ from nf_pipeline.driver.doctor import Check
 from nf_pipeline.driver.garbage import Garbage
 from nf_pipeline.driver.status import StageStatus
 from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 MIB = 2**20
 
@@ -37,8 +39,8 @@ def test_align_without_rows_is_headers_and_rule() -> None:
 def two_block_plan() -> Plan:
     return Plan(
         model="convnet",
-        num_classes=10,
-        image_shape=(1, 8, 8),
+        target=TargetSpec(size=10),
+        inputs=InputSpec(shape=(1, 8, 8)),
         budget_bytes=64 * MIB,
         layers=tuple(
             LayerSpec(layer_idx=i, name=f"features.{i}", out_shape=(32, 8, 8), params=100, flops=1000)
@@ -101,7 +103,7 @@ def test_plan_text_has_a_row_per_block_with_the_reason() -> None:
     assert "0-1" in first and "48" in first and "60.0/64.0 MiB (94 %)" in first and "2.0 MiB" in first
     assert "2-2" in second and "128" in second and "32.0/64.0 MiB (50 %)" in second
     assert first.endswith("62.0 MiB                 1") and second.endswith("33.0 MiB                 5")
-    assert "convnet: 3 layers, 1 units, 12.3 k parameters, images 1x8x8, 10 classes, budget 64.0 MiB" in text
+    assert "convnet: 3 layers, 1 units, 12.3 k parameters, samples 1x8x8, 10 classes, budget 64.0 MiB" in text
     assert "on the Ray at head:6379, device auto; activations 2.0 MiB in all; profiled in 1.2 s" in text
     assert "host memory of a worker: up to 512.0 MiB to read and write shards" in text
 
@@ -221,13 +223,60 @@ def test_status_text_of_a_failed_run_gives_the_error() -> None:
 
 def test_evaluation_text_marks_the_chosen_exit() -> None:
     rows = [
-        {"exit": 0, "layer_idx": 2, "layer": "a", "accuracy": 0.5, "num_images": 1797, "chosen": False},
-        {"exit": 1, "layer_idx": 5, "layer": "b", "accuracy": 0.75, "num_images": 1797, "chosen": True},
+        {**row, "layer_idx": 2, "num_images": 1797}
+        for row in (
+            {"exit": 0, "layer": "a", "accuracy": 0.5, "interval": [0.45, 0.55], "chosen": False},
+            {"exit": 1, "layer": "b", "accuracy": 0.75, "interval": [0.7, 0.8], "chosen": True},
+        )
     ]
-    assert evaluation_text(rows).splitlines()[2:] == [
-        "      0  a        50.0 %   1,797",
-        "*     1  b        75.0 %   1,797",
+    assert evaluation_text(rows).splitlines() == [
+        "   exit  layer  accuracy     interval  samples",
+        "-  ----  -----  --------  -----------  -------",
+        "      0  a        50.0 %  45.0-55.0 %    1,797",
+        "*     1  b        75.0 %  70.0-80.0 %    1,797",
     ]
+
+
+def test_evaluation_text_of_values_gives_errors_and_no_per_cents() -> None:
+    row = {"exit": 0, "layer_idx": 2, "layer": "a", "error": 0.4128, "interval": [0.39, 0.4361], "num_images": 9}
+    header, _, line = evaluation_text([{**row, "chosen": True}]).splitlines()
+    assert header.split() == ["exit", "layer", "error", "interval", "samples"]
+    assert line.split() == ["*", "0", "a", "0.413", "0.390-0.436", "9"]
+
+
+def test_adaptive_text_says_what_leaving_early_gives_and_costs() -> None:
+    found = {"accuracy": 0.75, "interval": [0.7, 0.8], "num_images": 1200, "flops": 6e8, "flops_final": 1_000_000_000}
+    point = {"threshold": 0.875, "val_accuracy": 0.76, "val_flops": 5e8}
+    exits = [{"layer": "conv1", "share": 0.8}, {"layer": "conv3", "share": 0.2}]
+    assert adaptive_text(found | point | {"exits": exits}).splitlines() == [
+        "accuracy 75.0 % (70.0-80.0 %) on 1,200 samples",
+        "0.600 GFLOPs per sample, 60.0 % of those without early exits",
+        "threshold 0.875; on validation it had 76.0 % with 0.500 GFLOPs",
+        "left: 80.0 % at conv1, 20.0 % at conv3",
+    ]
+
+
+def values_summary() -> dict[str, Any]:
+    """The same run, had it predicted values."""
+    document = summary_document(metric="error", calibration=None)
+    for exit in document["exits"]:
+        exit |= {"val_error": 1 - exit.pop("val_accuracy"), "val_error_interval": exit.pop("val_interval")}
+    corrected = {"val_error_corrected": 0.391, "val_error_interval_corrected": [0.35, 0.42]}
+    return document | corrected | {"val_error": 0.387, "test_error": 0.4}
+
+
+def test_summary_text_of_values_says_error_everywhere() -> None:
+    lines = summary_text(values_summary(), "u").splitlines()
+    assert any("val error" in line for line in lines) and not any("accuracy" in line for line in lines)
+    assert any(line.startswith("*     1  features.5      0.387  0.603-0.623") for line in lines)
+    assert any(line.startswith("error on validation 0.387, test 0.400, 250.0 k of") for line in lines)
+    assert "corrected for the choice: error on validation 0.391 (0.350-0.420)" in lines
+
+
+def test_status_text_of_values_names_the_column_after_the_error() -> None:
+    stages = [StageStatus(stage="block-000", state="done", val_error=0.4128), StageStatus(stage="model")]
+    header, _, line, *_ = status_text(status_document(*stages, state="done")).splitlines()[2:]
+    assert "val error" in header and "0.413" in line and "%" not in line
 
 
 def test_prediction_text_counts_skipped_images_if_there_are_any() -> None:

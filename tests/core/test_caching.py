@@ -20,6 +20,7 @@ from nf_pipeline.core.proposals import propose
 from nf_pipeline.core.timing import Seconds
 from nf_pipeline.core.train_step import forward_block, make_optimizer, train_step
 from nf_pipeline.plans import StoreRates
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.units import parse_bytes
 
 CPU = torch.device("cpu")
@@ -46,15 +47,18 @@ def job_for(budget: str, cache: str = "auto", max_batch_size: int = 128, **train
             "storage": {"cache": cache},
         }
     )
-    cut_model = cut(build_model("convnet", image_shape=IMAGE_SHAPE, num_classes=10, seed=0), IMAGE_SHAPE)
+    cut_model = cut(
+        build_model("convnet", inputs=InputSpec(shape=IMAGE_SHAPE), num_outputs=10, seed=0),
+        InputSpec(shape=IMAGE_SHAPE),
+    )
     return PlanJob(
         cfg=cfg,
         memory=cfg.memory,
         budgets=(parse_bytes(budget),),
         cap_name="memory.max_batch_size",
         cut_model=cut_model,
-        in_shapes=(IMAGE_SHAPE, *cut_model.out_shapes),
-        num_classes=10,
+        inputs=InputSpec(shape=IMAGE_SHAPE),
+        target=TargetSpec(size=10),
         split_rows=ROWS,
         device=CPU,
     )
@@ -95,7 +99,7 @@ def test_predicted_peak_with_layers_before_it_equals_that_of_real_training(preci
     units = job.units([unit.span for unit in draft_of(job).units])
     frozen, trained = units[:2], units[2:4]
     state = copy.deepcopy([unit.state_dict() for unit in units])
-    predicted = StepProbe(trained, IMAGE_SHAPE, train=cfg, device=CPU, frozen=frozen).peak_bytes(24)
+    predicted = StepProbe(trained, job.ends[0], train=cfg, device=CPU, frozen=frozen).peak_bytes(24)
     for unit, before in zip(units, state, strict=True):
         assert all(torch.equal(tensor, before[name]) for name, tensor in unit.state_dict().items())
         assert all(parameter.requires_grad for parameter in unit.parameters())
@@ -110,7 +114,7 @@ def test_predicted_peak_with_layers_before_it_equals_that_of_real_training(preci
             labels_N = torch.zeros(24, dtype=torch.int64)
             train_step(own, optimizers, again.output(torch.randn(24, *IMAGE_SHAPE)), labels_N, cfg.precision)
     assert predicted == pytest.approx(meter.peak_bytes, rel=0.001)
-    alone = StepProbe(trained, job.in_shapes[2], train=cfg, device=CPU).peak_bytes(24)
+    alone = StepProbe(trained, job.ends[2], train=cfg, device=CPU).peak_bytes(24)
     assert predicted > alone
 
 

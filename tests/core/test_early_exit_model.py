@@ -9,7 +9,9 @@ from nf_pipeline.core.early_exits import OperatingPoint
 from nf_pipeline.core.exit_model import ExitModel, ExitSpec, build_exit_model
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec, TargetSpec
 
+INPUTS = InputSpec(shape=(1, 2, 2), mean=(0.0,), std=(1.0,))
 CLASSES = 3
 
 
@@ -44,7 +46,9 @@ def point(exits: tuple[int, ...], threshold: float, accuracy: float = 0.9, flops
 
 def make(*points: OperatingPoint, temperatures: tuple[float, ...] = (1.0, 1.0, 1.0)) -> EarlyExitModel:
     """Three layers that only count; the exits after the first and the second say 0 and 1, the last one 2."""
-    final = ExitModel([LocalUnit([Counted(), Counted(), Counted()], SureFrom(2, 1.0))], (0.0,), (1 / 255,)).eval()
+    final = ExitModel(
+        [LocalUnit([Counted(), Counted(), Counted()], SureFrom(2, 1.0))], INPUTS, TargetSpec(size=CLASSES)
+    ).eval()
     heads = [SureFrom(0, 0.1), SureFrom(1, 0.2)]
     return EarlyExitModel(
         final, heads, (1, 2), EarlyExitPlan(temperatures=temperatures, points=points, val_accuracy=0.0)
@@ -125,8 +129,9 @@ def test_plan_that_no_model_can_follow_is_refused(temperatures, points) -> None:
 
 
 def test_last_logits_of_a_real_model_are_the_final_models_and_leaving_changes_no_others() -> None:
-    spec = ExitSpec(model="convnet", image_shape=(3, 16, 16), num_classes=7, head="adaptive", num_layers=5)
-    final = build_exit_model(spec, mean=(0.5,) * 3, std=(0.5,) * 3)
+    inputs = InputSpec(shape=(3, 16, 16), mean=(127.5,) * 3, std=(127.5,) * 3)
+    spec = ExitSpec(model="convnet", inputs=inputs, target=TargetSpec(size=7), head="adaptive", num_layers=5)
+    final = build_exit_model(spec)
     heads, stops = build_early_heads(spec, [(2, "linear"), (4, "adaptive")]), (2, 4)
     pixels_NCHW = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     every = all_logits(final, heads, stops, pixels_NCHW)

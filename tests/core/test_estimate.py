@@ -14,6 +14,7 @@ from nf_pipeline.core.models import build_model
 from nf_pipeline.core.planner import make_plan
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.plans import Plan, UnitProfile, UnitSpan
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 IMAGE_SHAPE = (3, 32, 32)
 ROWS = {"train": 900, "val": 100}
@@ -36,16 +37,16 @@ def job_for(cut_model: CutModel, cfg: RunConfig) -> PlanJob:
         budgets=(64 * 2**20,),
         cap_name="memory.max_batch_size",
         cut_model=cut_model,
-        in_shapes=(IMAGE_SHAPE, *cut_model.out_shapes),
-        num_classes=10,
+        inputs=InputSpec(shape=IMAGE_SHAPE),
+        target=TargetSpec(size=10),
         split_rows=ROWS,
         device=torch.device("cpu"),
     )
 
 
 def job_of(name: str, **train: object) -> PlanJob:
-    model = build_model(name, image_shape=IMAGE_SHAPE, num_classes=10, seed=0)
-    return job_for(cut(model, IMAGE_SHAPE), config_for(name, **train))
+    model = build_model(name, inputs=InputSpec(shape=IMAGE_SHAPE), num_outputs=10, seed=0)
+    return job_for(cut(model, InputSpec(shape=IMAGE_SHAPE)), config_for(name, **train))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_part_that_needs_values_is_refused() -> None:
 def test_where_nothing_can_be_estimated_whole_steps_make_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan() -> Plan:
         cfg = config_for("convnet", local="layer", head="classic")
-        return make_plan(cfg, image_shape=(3, 8, 8), num_classes=10, split_rows=ROWS)
+        return make_plan(cfg, inputs=InputSpec(shape=(3, 8, 8)), target=TargetSpec(size=10), split_rows=ROWS)
 
     def refuse(*_: object) -> None:
         raise ConfigError("model: fails on fakes", "change it")
@@ -147,7 +148,7 @@ def test_estimates_that_are_far_off_change_no_promise_of_the_plan(
 
     monkeypatch.setattr(UnitEstimator, "profile", wrong)
     cfg = config_for("convnet").model_copy(update={"memory": MemoryConfig(budget_bytes="3MiB")})
-    plan = make_plan(cfg, image_shape=(3, 16, 16), num_classes=10, split_rows=ROWS)
+    plan = make_plan(cfg, inputs=InputSpec(shape=(3, 16, 16)), target=TargetSpec(size=10), split_rows=ROWS)
     assert max(block.predicted_peak_bytes for block in plan.blocks) <= 3 * 2**20
     (taken,) = [candidate for candidate in plan.candidates if candidate.verdict == "taken"]
     assert taken.batch_sizes == tuple(block.batch_size for block in plan.blocks)

@@ -1,27 +1,24 @@
 """The choice of the exit, against the rule spelled out and the textbook's numbers."""
 
 import math
-from fractions import Fraction
-from statistics import NormalDist
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nf_pipeline.core.exits import ExitCandidate, choose_exit, sign_test, wilson_interval
-from nf_pipeline.core.hits import hits_of
+from nf_pipeline.core.chance import sign_test
+from nf_pipeline.core.exits import ExitCandidate, choose_exit
+from nf_pipeline.core.hits import Hits
 
-counts = st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 levels = st.floats(0.01, 0.999)
 
 
-def candidate(idx, hits, num_val, params):
+def candidate(idx, results, params):
     return ExitCandidate(
         layer_idx=idx,
         layer=f"features.{idx}",
-        hits=hits,
-        num_val=num_val,
+        results=results,
         params=params,
         flops=params,
     )
@@ -34,102 +31,33 @@ def first_right(num_correct):
 
 def candidates_of(*rows, num_val=1000):
     """(correct, params) per exit, shallowest first; each is right wherever one with fewer hits is."""
-    return [candidate(idx, first_right(correct), num_val, params) for idx, (correct, params) in enumerate(rows)]
+    return [candidate(idx, Hits(first_right(correct), num_val), params) for idx, (correct, params) in enumerate(rows)]
 
 
 def differing(only_best, only_one, num_val, both):
     """A small exit and the best one, which differ on so many samples."""
     best, one = first_right(both) | first_right(only_best) << both, first_right(both)
     one |= first_right(only_one) << (both + only_best)
-    return [candidate(0, one, num_val, 10), candidate(1, best, num_val, 20)]
+    return [candidate(0, Hits(one, num_val), 10), candidate(1, Hits(best, num_val), 20)]
 
 
 many_exits = st.integers(1, 300).flatmap(
     lambda n: st.lists(st.tuples(st.integers(0, 2**n - 1), st.integers(1, 20)), min_size=1, max_size=8).map(
-        lambda rows: [candidate(idx, hits, n, params) for idx, (hits, params) in enumerate(rows)]
+        lambda rows: [candidate(idx, Hits(hits, n), params) for idx, (hits, params) in enumerate(rows)]
     )
 )
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    [
-        # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3 (score).
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_interval_equals_published_values(correct, total, low, high):
-    assert wilson_interval(correct, total, 0.95) == pytest.approx((low, high), abs=5e-5)
-
-
-@given(counts, levels)
-def test_interval_holds_the_accuracy_and_stays_within_zero_and_one(count, confidence):
-    low, high = wilson_interval(*count, confidence)
-    assert 0.0 <= low <= count[0] / count[1] <= high <= 1.0
-
-
-@given(counts, levels)
-def test_interval_ends_are_where_the_score_test_just_fails(count, confidence):
-    (correct, total), z = count, NormalDist().inv_cdf(0.5 + confidence / 2)
-    for end in wilson_interval(correct, total, confidence):
-        # Multiplied out: (p - end)^2 = z^2 * end * (1 - end) / n.
-        assert (correct / total - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / total, abs=1e-9)
-
-
-@given(counts, levels)
-def test_interval_of_the_errors_mirrors_that_of_the_hits(count, confidence):
-    low, high = wilson_interval(*count, confidence)
-    mirrored = wilson_interval(count[1] - count[0], count[1], confidence)
-    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
-
-
-@given(counts, st.lists(levels, min_size=2, max_size=2))
-def test_more_confidence_widens_the_interval(count, confidences):
-    narrow, wide = (wilson_interval(*count, confidence) for confidence in sorted(confidences))
-    assert wide[0] <= narrow[0] + 1e-12 and narrow[1] <= wide[1] + 1e-12
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "confidence"), [(1, 0, 0.9), (-1, 5, 0.9), (6, 5, 0.9), (1, 5, 0.0), (1, 5, 1.0)]
-)
-def test_interval_of_impossible_numbers_is_an_error(correct, total, confidence):
-    with pytest.raises(ValueError, match="want 0 <= num_correct"):
-        wilson_interval(correct, total, confidence)
-
-
-@pytest.mark.parametrize(
-    ("better", "worse", "p_value"),
-    [(0, 0, 1.0), (1, 0, 0.5), (5, 0, 1 / 32), (0, 5, 1.0), (8, 2, 56 / 1024), (2, 8, 1013 / 1024), (3, 3, 42 / 64)],
-)
-def test_sign_test_adds_up_the_tosses(better, worse, p_value):
-    assert sign_test(better, worse) == pytest.approx(p_value, rel=1e-12)
-
-
-@given(st.integers(0, 400), st.integers(0, 400))
-def test_sign_test_equals_the_sum_of_binomials(better, worse):
-    total = better + worse
-    exact = Fraction(sum(math.comb(total, number) for number in range(better, total + 1)), 2**total)
-    assert sign_test(better, worse) == pytest.approx(float(exact), rel=1e-9, abs=1e-300)
-
-
-def test_sign_test_of_many_samples_is_about_normal():
-    num, z = 200_000, 3.0
-    better = round(num / 2 + z * math.sqrt(num) / 2)
-    assert sign_test(better, num - better) == pytest.approx(1 - NormalDist().cdf(z), rel=0.02)
 
 
 @given(many_exits, st.floats(0, 100), levels)
 def test_choice_is_the_smallest_exit_that_keeps_both_rules(exits, tolerance, confidence):
     chosen = exits[choose_exit(exits, tolerance, confidence).index]
-    best = min(exits, key=lambda exit: (-exit.val_accuracy, exit.params, exit.layer_idx))
+    best = min(exits, key=lambda exit: (-exit.results.mean, exit.params, exit.layer_idx))
 
     def is_good(exit):
-        only_best, only_one = (best.hits & ~exit.hits).bit_count(), (exit.hits & ~best.hits).bit_count()
+        best_hits, hits = best.results.bits, exit.results.bits
+        only_best, only_one = (best_hits & ~hits).bit_count(), (hits & ~best_hits).bit_count()
         p_value = sign_test(only_best, only_one)
-        near = 100 * (best.val_accuracy - exit.val_accuracy) <= tolerance + 1e-9
+        near = 100 * (best.results.mean - exit.results.mean) <= tolerance + 1e-9
         return near and (p_value > (1 - confidence) / max(1, len(exits) - 1))
 
     good = [exit for exit in exits if is_good(exit)]
@@ -146,7 +74,7 @@ def test_larger_tolerance_never_chooses_a_larger_model(exits, one, other, confid
 @given(many_exits, levels)
 def test_tolerance_of_zero_never_gives_up_accuracy(exits, confidence):
     chosen = exits[choose_exit(exits, 0.0, confidence).index]
-    assert chosen.val_accuracy == max(exit.val_accuracy for exit in exits)
+    assert chosen.results.mean == max(exit.results.mean for exit in exits)
 
 
 @given(many_exits, st.floats(0, 100), levels, st.randoms(use_true_random=False))
@@ -196,7 +124,7 @@ def test_same_accuracies_are_told_apart_where_the_exits_agree_on_most_samples(on
 def test_more_exits_to_compare_with_ask_for_more_evidence():
     pair = candidates_of((975, 10), (980, 20))
     assert choose_exit(pair, 0.5, 0.95).index == 1
-    others = [candidate(idx, 0, 1000, 100) for idx in range(2, 10)]
+    others = [candidate(idx, Hits(0, 1000), 100) for idx in range(2, 10)]
     assert choose_exit([*pair, *others], 0.5, 0.95).index == 0
 
 
@@ -204,7 +132,7 @@ def drawn_exits(random, num_exits, num_val, accuracy=0.8, shared=0.7):
     """Exits that are equally good: each answers most samples as all do, and the rest by itself, ever larger ones."""
     common, is_common = random.random(num_val) < accuracy, random.random(num_val) < shared
     rows = [np.where(is_common, common, random.random(num_val) < accuracy) for _ in range(num_exits)]
-    return [candidate(idx, hits_of(row), num_val, 10 + idx) for idx, row in enumerate(rows)]
+    return [candidate(idx, Hits.of(row), 10 + idx) for idx, row in enumerate(rows)]
 
 
 def test_thirty_equal_exits_fool_the_choice_no_more_often_than_promised():
@@ -219,7 +147,7 @@ def test_interval_for_the_chosen_exit_covers_what_the_plain_one_of_the_luckiest_
     plain = corrected = 0
     for _ in range(300):
         exits = drawn_exits(random, 30, 400, shared=0.0)
-        luckiest = max(exits, key=lambda exit: exit.val_accuracy)
+        luckiest = max(exits, key=lambda exit: exit.results.mean)
         plain += luckiest.interval(0.95)[0] <= 0.8 <= luckiest.interval(0.95)[1]
         low, high = luckiest.interval_among(30, 0.95)
         corrected += low <= 0.8 <= high
@@ -236,7 +164,7 @@ def test_reason_names_both_exits_and_both_limits():
     reason = choose_exit(candidates_of((976, 12_345), (980, 67_890)), 0.5, 0.95).reason
     for part in ("features.0", "97.60 %", "12,345", "0.40 points", "features.1", "98.00 %", "67,890", "95 %"):
         assert part in reason
-    assert "4 images only the best of 2 exits got right, 0 only this one" in reason
+    assert "4 samples only the best of 2 exits got right, 0 only this one" in reason
     assert "\n" not in reason
 
 

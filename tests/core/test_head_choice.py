@@ -19,8 +19,13 @@ from nf_pipeline.core.proposals import Proposal, propose
 from nf_pipeline.core.search import LARGE_ENOUGH
 from nf_pipeline.errors import PlanError
 from nf_pipeline.plans import Plan
+from nf_pipeline.samples import InputSpec, TargetSpec
 
-FACTS = {"image_shape": (3, 16, 16), "num_classes": 10, "split_rows": {"train": 900, "val": 100}}
+FACTS = {
+    "inputs": InputSpec(shape=(3, 16, 16)),
+    "target": TargetSpec(size=10),
+    "split_rows": {"train": 900, "val": 100},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,15 +50,17 @@ def job_for(model: str, budget: int, image_shape: tuple[int, int, int]) -> PlanJ
     memory = {"budget_bytes": budget}
     train = {"device": "cpu", "head": "auto", "unit_layers": 1}
     cfg = RunConfig.model_validate({"model": {"name": model}, "memory": memory, "train": train})
-    cut_model = cut(build_model(model, image_shape=image_shape, num_classes=10, seed=0), image_shape)
+    cut_model = cut(
+        build_model(model, inputs=InputSpec(shape=image_shape), num_outputs=10, seed=0), InputSpec(shape=image_shape)
+    )
     return PlanJob(
         cfg=cfg,
         memory=cfg.memory,
         budgets=(budget,),
         cap_name="memory.max_batch_size",
         cut_model=cut_model,
-        in_shapes=(image_shape, *cut_model.out_shapes),
-        num_classes=10,
+        inputs=InputSpec(shape=image_shape),
+        target=TargetSpec(size=10),
         split_rows=FACTS["split_rows"],
         device=torch.device("cpu"),
     )

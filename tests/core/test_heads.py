@@ -7,7 +7,10 @@ from torch import nn
 from nf_pipeline.core.heads import HEADS, HeadSite, build_head, head_site
 from nf_pipeline.errors import ConfigError
 
-SHAPES = [(1, 8, 8), (64, 32, 32), (16, 7, 5), (512, 2, 2), (2048, 1, 1), (3, 1, 9)]
+SHAPES = [
+    *((1, 8, 8), (64, 32, 32), (16, 7, 5), (512, 2, 2), (2048, 1, 1), (3, 1, 9)),
+    *((16, 40), (3, 1), (5, 3), (8, 4, 5, 6), (2, 1, 1, 1), (12,), (1,)),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,9 +82,35 @@ def test_unknown_head_lists_near_names():
     assert "adaptive" in error.value.fix
 
 
-def test_head_on_a_vector_is_an_error():
-    with pytest.raises(ConfigError, match=r"\(512,\) per sample, want \(C, H, W\)"):
-        head_site([(16, 8, 8), (512,), (10,)], 1, 10)
+def test_head_on_maps_of_four_sides_is_an_error():
+    with pytest.raises(ConfigError, match=r"\(2, 3, 4, 5, 6\) per sample, want at most 3 sides"):
+        head_site([(16, 8, 8), (2, 3, 4, 5, 6), (10,)], 1, 10)
+
+
+@pytest.mark.parametrize(("shape", "kernel", "num_cells"), [((16, 40), (3,), 4), ((16, 5, 6, 7), (3, 3, 3), 8)])
+def test_head_convolves_along_every_side_and_keeps_several_cells(shape, kernel, num_cells):
+    head = head_of("classic", shape)
+    assert head.conv.weight.shape == (256, 16, *kernel)
+    assert head.linear.in_features == 256 * num_cells
+
+
+def test_head_on_a_vector_is_linear_layers_without_pools():
+    head = head_of("adaptive", (12,), num_classes=5)
+    assert [type(part) for part in head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert [part.out_features for part in head_of("auglocal", (12,)) if isinstance(part, nn.Linear)] == [24, 32, 10]
+
+
+@pytest.mark.parametrize(("layer_idx", "widths"), [(0, (8, 8, 16)), (2, (16,)), (3, (32,))])
+def test_site_takes_widths_from_layers_with_as_many_sides(layer_idx, widths):
+    shapes = [(4, 30), (8, 15), (8, 15), (64,), (16, 7), (32,)]
+    assert head_site(shapes, layer_idx, 3).downstream == widths
+
+
+def test_auglocal_head_halves_series_and_volumes_too():
+    strides = [part.stride for part in head_of("auglocal", (8, 30)) if isinstance(part, nn.Conv1d)]
+    assert strides == [(2,), (2,)]
+    strides = [part.stride for part in head_of("auglocal", (8, 1, 2, 9)) if isinstance(part, nn.Conv3d)]
+    assert strides == [(1, 2, 2), (1, 1, 2)]
 
 
 def test_site_says_what_lies_before_and_after():

@@ -12,6 +12,7 @@ from nf_pipeline.core.layers import CutModel, cut
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.registry import REGISTRY
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec
 
 COLOUR, GREY, LARGE, DIGIT = (3, 32, 32), (1, 32, 32), (3, 64, 64), (1, 8, 8)
 REGISTRY_CASES = [
@@ -284,7 +285,7 @@ def images(shape, num=3):
 def assert_same_training_step(model: nn.Module, shape) -> None:
     """Compares outputs, gradients and buffers of one step of the uncut and the cut model in train mode."""
     twin = copy.deepcopy(model)
-    pieces = cut(twin, shape)
+    pieces = cut(twin, InputSpec(shape=shape))
     model.train(), pieces.whole().train()
     want, got = model(images(shape)), run(pieces, images(shape))
     assert torch.equal(got, want)
@@ -297,20 +298,20 @@ def assert_same_training_step(model: nn.Module, shape) -> None:
 
 @pytest.mark.parametrize(("name", "shape"), REGISTRY_CASES)
 def test_cut_of_a_registry_model_equals_the_uncut_one_in_evaluation(name, shape):
-    model = build_model(name, image_shape=shape, num_classes=7, seed=1).eval()
-    pieces = cut(model, shape)
+    model = build_model(name, inputs=InputSpec(shape=shape), num_outputs=7, seed=1).eval()
+    pieces = cut(model, InputSpec(shape=shape))
     with torch.no_grad():
         assert torch.equal(run(pieces, images(shape)), model(images(shape)))
 
 
 @pytest.mark.parametrize(("name", "shape"), WITHOUT_DROPOUT)
 def test_cut_of_a_registry_model_trains_as_the_uncut_one(name, shape):
-    assert_same_training_step(build_model(name, image_shape=shape, num_classes=7, seed=1), shape)
+    assert_same_training_step(build_model(name, inputs=InputSpec(shape=shape), num_outputs=7, seed=1), shape)
 
 
 def test_cut_model_with_dropout_draws_the_same_random_numbers_in_training():
-    model = build_model("mobilenet_v2", image_shape=COLOUR, num_classes=7, seed=1).train()
-    pieces = cut(copy.deepcopy(model), COLOUR)
+    model = build_model("mobilenet_v2", inputs=InputSpec(shape=COLOUR), num_outputs=7, seed=1).train()
+    pieces = cut(copy.deepcopy(model), InputSpec(shape=COLOUR))
     torch.manual_seed(3)
     want = model(images(COLOUR))
     torch.manual_seed(3)
@@ -332,14 +333,14 @@ def test_cut_model_with_dropout_draws_the_same_random_numbers_in_training():
     ],
 )
 def test_registry_model_has_a_layer_per_convolution_or_block(name, num_layers):
-    model = build_model(name, image_shape=COLOUR, num_classes=7, seed=1)
-    assert len(cut(model, COLOUR).layers) == num_layers
+    model = build_model(name, inputs=InputSpec(shape=COLOUR), num_outputs=7, seed=1)
+    assert len(cut(model, InputSpec(shape=COLOUR)).layers) == num_layers
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_out_shapes_and_names_describe_the_layers(name):
-    model = build_model(name, image_shape=COLOUR, num_classes=7, seed=1).eval()
-    pieces, x = cut(model, COLOUR), images(COLOUR)
+    model = build_model(name, inputs=InputSpec(shape=COLOUR), num_outputs=7, seed=1).eval()
+    pieces, x = cut(model, InputSpec(shape=COLOUR)), images(COLOUR)
     paths = dict(model.named_modules())
     for layer, layer_name, shape in zip(pieces.layers, pieces.names, pieces.out_shapes, strict=True):
         x = layer(x)
@@ -349,7 +350,9 @@ def test_out_shapes_and_names_describe_the_layers(name):
 
 
 def test_vgg_layer_keeps_its_norm_activation_and_pool():
-    pieces = cut(build_model("vgg11_bn", image_shape=COLOUR, num_classes=7, seed=1), COLOUR)
+    pieces = cut(
+        build_model("vgg11_bn", inputs=InputSpec(shape=COLOUR), num_outputs=7, seed=1), InputSpec(shape=COLOUR)
+    )
     assert set(pieces.layers[0].state_dict()) == {
         "features.0.weight",
         "features.0.bias",
@@ -361,8 +364,8 @@ def test_vgg_layer_keeps_its_norm_activation_and_pool():
 
 @pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "mobilenet_v2"])
 def test_cut_shares_every_weight_and_buffer_with_the_model_once(name):
-    model = build_model(name, image_shape=COLOUR, num_classes=7, seed=1)
-    whole = cut(model, COLOUR).whole()
+    model = build_model(name, inputs=InputSpec(shape=COLOUR), num_outputs=7, seed=1)
+    whole = cut(model, InputSpec(shape=COLOUR)).whole()
     for kind in (nn.Module.parameters, nn.Module.buffers):
         mine, theirs = [id(t) for t in kind(whole)], [id(t) for t in kind(model)]
         assert sorted(mine) == sorted(theirs)
@@ -371,7 +374,7 @@ def test_cut_shares_every_weight_and_buffer_with_the_model_once(name):
 @pytest.mark.parametrize("cls", HAND_WRITTEN, ids=lambda cls: cls.__name__)
 def test_hand_written_model_is_cut_where_one_value_crosses(cls):
     model = cls()
-    assert list(cut(model, COLOUR).names) == HAND_WRITTEN[cls]
+    assert list(cut(model, InputSpec(shape=COLOUR)).names) == HAND_WRITTEN[cls]
 
 
 @pytest.mark.parametrize("cls", HAND_WRITTEN, ids=lambda cls: cls.__name__)
@@ -383,7 +386,7 @@ def test_hand_written_model_trains_cut_as_uncut(cls):
 def test_stage_of_blocks_is_no_block():
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3), Stage(8, 8), Stage(8, 16))
     model = Wrapper(backbone)
-    assert cut(model, COLOUR).names == (
+    assert cut(model, InputSpec(shape=COLOUR)).names == (
         "backbone.0",
         *("backbone.1.first", "backbone.1.second", "backbone.2.first", "backbone.2.second"),
     )
@@ -393,15 +396,15 @@ def test_stage_of_blocks_is_no_block():
 def test_sequential_model_is_cut():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(8, 8, 3), nn.Flatten())
     model.append(nn.Linear(8 * 28 * 28, 5))
-    assert cut(model, COLOUR).names == ("0", "3")
+    assert cut(model, InputSpec(shape=COLOUR)).names == ("0", "3")
 
 
 def test_cut_restores_each_modules_mode_and_the_global_random_state():
-    model = build_model("vgg11_bn", image_shape=COLOUR, num_classes=7, seed=1).train()
+    model = build_model("vgg11_bn", inputs=InputSpec(shape=COLOUR), num_outputs=7, seed=1).train()
     model.features[1].eval()
     before, modes = torch.get_rng_state(), [module.training for module in model.modules()]
     means = model.features[1].running_mean.clone()
-    cut(model, COLOUR)
+    cut(model, InputSpec(shape=COLOUR))
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(model.features[1].running_mean, means)
@@ -410,9 +413,9 @@ def test_cut_restores_each_modules_mode_and_the_global_random_state():
 @pytest.mark.parametrize("name", ["vgg19_bn", "resnet50", "mobilenet_v2"])
 def test_cut_under_fake_tensors_agrees_with_the_real_one(name):
     with FakeTensorMode():
-        fake = cut(build_model(name, image_shape=LARGE, num_classes=7, seed=1), LARGE)
+        fake = cut(build_model(name, inputs=InputSpec(shape=LARGE), num_outputs=7, seed=1), InputSpec(shape=LARGE))
         logits = run(fake, torch.empty(4, *LARGE))
-    real = cut(build_model(name, image_shape=LARGE, num_classes=7, seed=1), LARGE)
+    real = cut(build_model(name, inputs=InputSpec(shape=LARGE), num_outputs=7, seed=1), InputSpec(shape=LARGE))
     assert (fake.names, fake.out_shapes) == (real.names, real.out_shapes)
     assert logits.shape == (4, 7)
     for mine, other in zip(fake.layers, real.layers, strict=True):
@@ -421,13 +424,15 @@ def test_cut_under_fake_tensors_agrees_with_the_real_one(name):
 
 def test_cut_on_the_meta_device_gives_shapes():
     with torch.device("meta"):
-        pieces = cut(build_model("resnet18", image_shape=COLOUR, num_classes=7, seed=1), COLOUR)
+        pieces = cut(
+            build_model("resnet18", inputs=InputSpec(shape=COLOUR), num_outputs=7, seed=1), InputSpec(shape=COLOUR)
+        )
     assert pieces.out_shapes[-1] == (512, 4, 4)
 
 
 def test_layers_can_be_exported():
-    model = build_model("resnet18", image_shape=COLOUR, num_classes=7, seed=1).eval()
-    whole = cut(model, COLOUR).whole()
+    model = build_model("resnet18", inputs=InputSpec(shape=COLOUR), num_outputs=7, seed=1).eval()
+    whole = cut(model, InputSpec(shape=COLOUR)).whole()
     exported = torch.export.export(whole, (images(COLOUR),))
     assert torch.allclose(exported.module()(images(COLOUR)), model(images(COLOUR)), atol=1e-5)
 
@@ -597,7 +602,7 @@ class BadInside(nn.Module):
 )
 def test_model_that_cannot_be_cut_is_an_error_with_the_reason(cls, reasons):
     with pytest.raises(ConfigError) as caught:
-        cut(cls(), COLOUR)
+        cut(cls(), InputSpec(shape=COLOUR))
     assert [reason for reason in reasons if reason not in str(caught.value)] == []
     assert "Fix:" in str(caught.value)
 
@@ -606,7 +611,7 @@ def test_refused_model_is_left_as_it_was():
     model = MadeOnTheWay()
     attributes = set(vars(model))
     with pytest.raises(ConfigError):
-        cut(model, COLOUR)
+        cut(model, InputSpec(shape=COLOUR))
     assert set(vars(model)) == attributes and model.training
 
 
@@ -638,7 +643,7 @@ class _Rest(nn.Module):
 def test_layers_given_by_hand_are_taken_as_they_are():
     torch.manual_seed(0)
     model = ByHand().eval()
-    pieces = cut(model, COLOUR)
+    pieces = cut(model, InputSpec(shape=COLOUR))
     assert pieces.out_shapes == ((8, 32, 32), (8, 32, 32))
     assert torch.equal(run(pieces, images(COLOUR)), model(images(COLOUR)))
 
@@ -662,5 +667,5 @@ def by_hand(modules):
 )
 def test_wrong_layers_given_by_hand_are_an_error(modules, reason):
     with pytest.raises(ConfigError, match="Fix:") as caught:
-        cut(by_hand(modules), COLOUR)
+        cut(by_hand(modules), InputSpec(shape=COLOUR))
     assert reason in str(caught.value)

@@ -15,6 +15,7 @@ from nf_pipeline.config import RunConfig, resolve_config
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.models import build_model
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec
 
 COLOUR, GREY = (3, 32, 32), (1, 32, 32)
 
@@ -64,7 +65,7 @@ def timm() -> Any:
 
 
 def build(name: str, shape: tuple[int, int, int] = COLOUR, seed: int = 1) -> nn.Module:
-    return build_model(name, image_shape=shape, num_classes=7, seed=seed)
+    return build_model(name, inputs=InputSpec(shape=shape), num_outputs=7, seed=seed)
 
 
 def images(shape: tuple[int, int, int]) -> torch.Tensor:
@@ -74,7 +75,7 @@ def images(shape: tuple[int, int, int]) -> torch.Tensor:
 def assert_cut_is_whole(name: str, shape: tuple[int, int, int], num_layers: int) -> None:
     """Compares the cut with the uncut model in evaluation, and its layers with what they should be."""
     model = build(name, shape).eval()
-    cut_model = cut(model, shape)
+    cut_model = cut(model, InputSpec(shape=shape))
     with torch.no_grad():
         assert torch.equal(cut_model.whole()(images(shape)), model(images(shape)))
     assert len(cut_model.layers) == num_layers
@@ -126,17 +127,17 @@ def test_grey_images_get_a_first_convolution_of_their_own(name: str) -> None:
 
 
 def test_model_under_fake_mode_is_fake_and_cut_like_the_real_one() -> None:
-    real = cut(build("torchvision:shufflenet_v2_x0_5", GREY), GREY)
+    real = cut(build("torchvision:shufflenet_v2_x0_5", GREY), InputSpec(shape=GREY))
     with FakeTensorMode():
         model = build("torchvision:shufflenet_v2_x0_5", GREY)
-        fake = cut(model, GREY)
+        fake = cut(model, InputSpec(shape=GREY))
     assert all(isinstance(weight, FakeTensor) for weight in model.parameters())
     assert (fake.names, fake.out_shapes) == (real.names, real.out_shapes)
 
 
 def test_stochastic_depth_acts_in_training_only_and_alike_in_the_cut_model() -> None:
     model = build("torchvision:efficientnet_b0")
-    whole = cut(model, COLOUR).whole()
+    whole = cut(model, InputSpec(shape=COLOUR)).whole()
 
     def logits(module: nn.Module, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -212,7 +213,7 @@ def test_images_that_are_too_small_are_refused_with_a_size_that_works() -> None:
 def test_transformer_is_refused_because_its_blocks_follow_its_last_convolution(name: str) -> None:
     shape = (3, 224, 224)
     with pytest.raises(ConfigError, match=r"12 blocks \(\S+, ...\) follow its last convolution, and \d layers come"):
-        cut(build(name, shape), shape)
+        cut(build(name, shape), InputSpec(shape=shape))
 
 
 def run_config(folder: Path, name: str) -> RunConfig:
@@ -252,6 +253,6 @@ ALL_OF_TORCHVISION = torchvision.models.list_models(
 @pytest.mark.parametrize("name", ALL_OF_TORCHVISION)
 def test_every_torchvision_classifier_with_convolutions_is_cut(name: str) -> None:
     size = 224 if name == "maxvit_t" else 96
-    cut_model = cut(build(f"torchvision:{name}", (3, size, size)), (3, size, size))
+    cut_model = cut(build(f"torchvision:{name}", (3, size, size)), InputSpec(shape=(3, size, size)))
     assert len(cut_model.layers) >= 5
     assert all(len(out_shape) == 3 for out_shape in cut_model.out_shapes)

@@ -9,16 +9,19 @@ from nf_pipeline.core.layers import cut
 from nf_pipeline.core.local_unit import LocalUnit, build_units, even_spans
 from nf_pipeline.core.models import build_model
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 SHAPE = (1, 8, 8)
 
 
 def cut_convnet(seed=0):
-    return cut(build_model("convnet", image_shape=SHAPE, num_classes=10, seed=seed), SHAPE)
+    return cut(
+        build_model("convnet", inputs=InputSpec(shape=SHAPE), num_outputs=10, seed=seed), InputSpec(shape=SHAPE)
+    )
 
 
 def units_of(unit_layers=2, seed=0, units=None, head="adaptive"):
-    return build_units(cut_convnet(seed), head, even_spans(6, unit_layers), 10, seed, units)
+    return build_units(cut_convnet(seed), head, even_spans(6, unit_layers), TargetSpec(size=10), seed, units)
 
 
 def state_of(unit):
@@ -41,22 +44,22 @@ def test_spans_cover_all_layers_once_in_order(num_layers, unit_layers):
 @pytest.mark.parametrize(("unit_layers", "lengths"), [(1, [1] * 6), (3, [3, 3]), (4, [4, 2]), (99, [6])])
 def test_units_hold_the_layers_in_order(unit_layers, lengths):
     cut_model = cut_convnet()
-    units = build_units(cut_model, "adaptive", even_spans(6, unit_layers), 10, 0)
+    units = build_units(cut_model, "adaptive", even_spans(6, unit_layers), TargetSpec(size=10), 0)
     assert [len(unit.layers) for unit in units] == lengths
     assert [layer for unit in units for layer in unit.layers] == list(cut_model.layers)
 
 
 def test_last_unit_has_the_models_own_classifier():
     cut_model = cut_convnet()
-    units = build_units(cut_model, "adaptive", even_spans(6, 2), 10, 0)
+    units = build_units(cut_model, "adaptive", even_spans(6, 2), TargetSpec(size=10), 0)
     assert units[-1].head is cut_model.tail
     assert [type(unit.head).__name__ for unit in units[:-1]] == ["Sequential"] * 2
 
 
 def test_chained_units_end_with_the_uncut_models_logits():
-    model = build_model("convnet", image_shape=SHAPE, num_classes=10, seed=0).eval()
+    model = build_model("convnet", inputs=InputSpec(shape=SHAPE), num_outputs=10, seed=0).eval()
     x = images = torch.randn(3, *SHAPE)
-    for unit in build_units(cut(model, SHAPE), "adaptive", even_spans(6, 2), 10, 0):
+    for unit in build_units(cut(model, InputSpec(shape=SHAPE)), "adaptive", even_spans(6, 2), TargetSpec(size=10), 0):
         x, logits = unit.eval()(x)
         assert logits.shape == (3, 10)
     assert torch.equal(logits, model(images))
@@ -117,7 +120,7 @@ def test_unknown_head_is_an_error():
 def trained_once(segment_layers, steps=3):
     """Trains the convnet as one unit and returns its weights, buffers included, and its losses."""
     torch.manual_seed(0)
-    unit = build_units(cut_convnet(), "adaptive", even_spans(6, 6, segment_layers), 10, 0)[0].train()
+    unit = build_units(cut_convnet(), "adaptive", even_spans(6, 6, segment_layers), TargetSpec(size=10), 0)[0].train()
     optimizer = torch.optim.SGD(unit.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for _ in range(steps):
@@ -141,7 +144,9 @@ def test_checkpointing_changes_no_weight_and_no_running_statistic(segment_layers
 def test_checkpointing_keeps_less_and_computes_all_segments_but_the_last_again():
     calls = []
     for segment_layers in (0, 2):
-        unit = build_units(cut_convnet(), "adaptive", even_spans(6, 6, segment_layers), 10, 0)[0].train()
+        unit = build_units(cut_convnet(), "adaptive", even_spans(6, 6, segment_layers), TargetSpec(size=10), 0)[
+            0
+        ].train()
         called = []
         for idx, layer in enumerate(unit.layers):
             layer.register_forward_pre_hook(lambda *_, idx=idx, called=called: called.append(idx))

@@ -7,6 +7,7 @@ from nf_pipeline.core.layers import cut
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import build_units, even_spans
 from nf_pipeline.core.models import build_model
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 
 @pytest.mark.parametrize(("side", "is_last"), [(32, True), (16, True), (15, False), (4, False)])
@@ -37,8 +38,10 @@ def test_vectors_stay_as_they_are() -> None:
 
 
 def test_units_compute_what_the_model_does_whatever_the_layout() -> None:
-    model = build_model("vgg11_bn", image_shape=(3, 32, 32), num_classes=10, seed=0).eval()
+    model = build_model("vgg11_bn", inputs=InputSpec(shape=(3, 32, 32)), num_outputs=10, seed=0).eval()
     x_NCHW = images_NCHW = torch.randn(2, 3, 32, 32)
-    for unit in build_units(cut(model, (3, 32, 32)), "adaptive", even_spans(8, 3), 10, 0):
+    for unit in build_units(
+        cut(model, InputSpec(shape=(3, 32, 32))), "adaptive", even_spans(8, 3), TargetSpec(size=10), 0
+    ):
         x_NCHW, logits_NK = unit.eval()(x_NCHW)
     torch.testing.assert_close(logits_NK, model(images_NCHW))

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from nf_pipeline.core.models import build_model, suggest_model
 from nf_pipeline.core.registry import REGISTRY
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec
 
 COLOUR, GREY = (3, 32, 32), (1, 32, 32)
 
@@ -25,7 +26,7 @@ def _one_thread():
 
 
 def build(name, shape=COLOUR, num_classes=10, seed=0):
-    return build_model(name, image_shape=shape, num_classes=num_classes, seed=seed)
+    return build_model(name, inputs=InputSpec(shape=shape), num_outputs=num_classes, seed=seed)
 
 
 def count(model):
@@ -140,7 +141,7 @@ def test_model_under_fake_mode_allocates_nothing():
     ],
 )
 def test_suggested_model_suits_the_data(shape, num_train, name):
-    assert suggest_model(shape, num_train) == name
+    assert suggest_model(InputSpec(shape=shape), num_train) == name
     build(name, shape)
 
 
@@ -184,6 +185,10 @@ def own_models(tmp_path, monkeypatch):
             def nothing(): return _net(3, 10)
             def lazy(num_classes):
                 return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(num_classes))
+
+            def of_tokens(num_tokens, input_shape, num_outputs):
+                length = input_shape[0]
+                return nn.Sequential(nn.Embedding(num_tokens, 4), nn.Flatten(), nn.Linear(4 * length, num_outputs))
 
             def fails(num_classes): raise KeyError("no such width")
             def needs_more(num_classes, depth): return _net(3, num_classes)
@@ -259,3 +264,56 @@ def test_factory_model_under_fake_mode_is_fake(own_models):
     with FakeTensorMode():
         model = build("own_models:Net")
     assert all(isinstance(p, FakeTensor) for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (1, 4), (2, 9, 8, 7), (1, 4, 4, 4)])
+def test_convnet_takes_series_and_volumes(shape):
+    inputs = InputSpec(shape=shape, dtype="float32")
+    model = build_model("convnet", inputs=inputs, num_outputs=5, seed=0)
+    out_NK = model(torch.randn(3, *shape))
+    out_NK.sum().backward()
+    assert out_NK.shape == (3, 5)
+    assert len([m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv3d)]) == 6
+
+
+@pytest.mark.parametrize("name", ["convnet", "vgg11_bn", "resnet18", "torchvision:squeezenet1_1"])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        InputSpec(shape=(20,), dtype="int32", num_tokens=9),
+        InputSpec(shape=(20,), dtype="float32"),
+        InputSpec(shape=(3, 20), dtype="float32"),
+    ],
+)
+def test_what_a_network_does_not_take_is_refused_with_its_shape(name, inputs):
+    if name == "convnet" and len(inputs.shape) == 2:
+        return
+    with pytest.raises(
+        ConfigError, match=rf"--model {name}: got samples of shape \({inputs.shape[0]},.*want "
+    ) as error:
+        build_model(name, inputs=inputs, num_outputs=5, seed=0)
+    assert "package.module:factory" in error.value.fix
+
+
+def test_series_that_are_too_short_are_refused():
+    with pytest.raises(ConfigError, match="got samples of 3, want 4 or more"):
+        build_model("convnet", inputs=InputSpec(shape=(2, 3), dtype="float32"), num_outputs=5, seed=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4000), (1, 64, 64, 64)])
+def test_series_and_volumes_get_the_convnet(shape):
+    assert suggest_model(InputSpec(shape=shape, dtype="float32"), 10**6) == "convnet"
+
+
+@pytest.mark.parametrize("num_tokens", [0, 50])
+def test_vectors_and_tokens_have_no_default_network(num_tokens):
+    with pytest.raises(ConfigError, match=r"none is the default for samples of shape \(20,\)") as error:
+        suggest_model(InputSpec(shape=(20,), dtype="float32", num_tokens=num_tokens), 10**6)
+    assert "--model package.module:factory" in error.value.fix
+
+
+def test_factory_may_ask_for_tokens_and_outputs_by_name(own_models):
+    inputs = InputSpec(shape=(20,), dtype="int32", num_tokens=50)
+    model = build_model("own_models:of_tokens", inputs=inputs, num_outputs=3, seed=0)
+    assert (model[0].num_embeddings, model[2].out_features) == (50, 3)
+    assert model[2].in_features == 20 * 4

@@ -22,17 +22,23 @@ from nf_pipeline.core.objectives import (
     Similarities,
     UnitEnd,
     build_objective,
+    check_objective,
     looks_at_output,
     similarities,
 )
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 SHAPE = (1, 8, 8)
+CLASSES, VALUES = TargetSpec(size=4), TargetSpec(kind="values", size=2)
+OF_CLASSES, OF_VALUES = (
+    [name for name, objective in OBJECTIVES.items() if objective.kind == kind] for kind in ("class", "values")
+)
 
 
-def end_of(out_shape: tuple[int, ...] = (6, 5, 5), num_outputs: int = 4, smoothing: float = 0.0) -> UnitEnd:
-    return UnitEnd(out_shape=out_shape, num_outputs=num_outputs, label_smoothing=smoothing)
+def end_of(out_shape: tuple[int, ...] = (6, 5, 5), smoothing: float = 0.0, target: TargetSpec = CLASSES) -> UnitEnd:
+    return UnitEnd(out_shape=out_shape, target=target, label_smoothing=smoothing)
 
 
 def predsim(out_shape: tuple[int, ...] = (6, 5, 5), seed: int = 0) -> PredSim:
@@ -53,11 +59,11 @@ def cosine(one: list[float], other: list[float]) -> float:
 
 
 def convnet() -> CutModel:
-    return cut(build_model("convnet", image_shape=SHAPE, num_classes=10, seed=0), SHAPE)
+    return cut(build_model("convnet", inputs=InputSpec(shape=SHAPE), num_outputs=10, seed=0), InputSpec(shape=SHAPE))
 
 
 def units_for(train: TrainConfig, unit_layers: int = 2, units: range | None = None) -> list[LocalUnit]:
-    return build_units(convnet(), "adaptive", even_spans(6, unit_layers), 10, 0, units, train=train)
+    return build_units(convnet(), "adaptive", even_spans(6, unit_layers), TargetSpec(size=10), 0, units, train=train)
 
 
 def test_cross_entropy_is_torchs_bit_for_bit() -> None:
@@ -66,7 +72,7 @@ def test_cross_entropy_is_torchs_bit_for_bit() -> None:
     assert torch.equal(loss, functional.cross_entropy(logits_NK, y_N))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", OF_CLASSES)
 def test_smoothed_labels_change_the_cross_entropy_as_torch_defines_it(name: str) -> None:
     out_NCHW, logits_NK, y_N = batch()
     plain, smoothed = (build_objective(name, end_of(smoothing=part), 0) for part in (0.0, 0.2))
@@ -137,11 +143,14 @@ def test_whether_a_loss_looks_at_the_output_is_known_without_building_it(name: s
 
 @pytest.mark.parametrize(
     ("out_shape", "pixels"),
-    [((8, 16, 16), 256), ((8, 32, 32), 256), ((8, 7, 40), 80), ((2, 224, 224), 196), ((8, 1, 1), 1), ((3, 2, 2), 4)],
+    [
+        *[((8, 16, 16), 256), ((8, 32, 32), 256), ((8, 7, 40), 80), ((2, 224, 224), 196), ((8, 1, 1), 1)],
+        *[((3, 2, 2), 4), ((8, 300), 150), ((8, 40), 40), ((4, 1), 1), ((8, 9, 9, 9), 125), ((4, 4, 4, 4), 64)],
+    ],
 )
 def test_large_maps_are_pooled_first_and_small_ones_kept(out_shape: tuple[int, ...], pixels: int) -> None:
     module, seen = Similarities(out_shape), []
-    module.conv.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2] * args[0].shape[3]))
+    module.conv.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, 0].numel()))
     matrix_NN = module(torch.randn(3, *out_shape))
     assert (seen, matrix_NN.shape) == ([pixels], (3, 3))
     assert pixels <= LARGEST_MAP_PIXELS
@@ -151,6 +160,79 @@ def test_large_maps_are_pooled_first_and_small_ones_kept(out_shape: tuple[int, .
 def test_vectors_are_compared_as_they_are() -> None:
     x_NF = torch.randn(4, 9)
     assert torch.equal(Similarities((9,))(x_NF), similarities(x_NF))
+
+
+@pytest.mark.parametrize("out_shape", [(6, 9), (6, 3, 4, 5)])
+def test_maps_with_one_and_three_sides_are_matched_by_their_channels_spreads(out_shape: tuple[int, ...]) -> None:
+    module, out = Similarities(out_shape), batch(out_shape)[0]
+    conv = {1: functional.conv1d, 3: functional.conv3d}[len(out_shape) - 1]
+    spreads_NC = conv(out, module.conv.weight, padding=1).flatten(2).std(dim=2)
+    torch.testing.assert_close(module(out), similarities(spreads_NC))
+    assert module.conv.weight.shape == (6, 6, *[3] * (len(out_shape) - 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("mse", (0.25 + 4) / 2), ("mae", (0.5 + 2) / 2), ("huber", (0.125 + 1.5) / 2)]
+)
+def test_losses_of_values_are_means_of_their_residuals(name: str, expected: float) -> None:
+    objective, y_NK = build_objective(name, end_of(target=VALUES), 0), torch.tensor([[1.0, -1.0]])
+    outputs_NK = torch.tensor([[1.5, 1.0]])
+    assert objective.loss(outputs_NK, outputs_NK, Labels(y_N=y_NK)).item() == pytest.approx(expected)
+    low_NK = outputs_NK.bfloat16()
+    assert objective.loss(low_NK, low_NK, Labels(y_N=y_NK)).dtype == torch.float32
+
+
+def test_mixed_values_have_the_gradients_of_their_mixture() -> None:
+    generator, share = torch.Generator().manual_seed(0), 0.3
+    outputs_NK = torch.randn(5, 2, generator=generator).requires_grad_()
+    one_NK, other_NK = (torch.randn(5, 2, generator=generator) for _ in range(2))
+    mse = build_objective("mse", end_of(target=VALUES), 0)
+    mse.loss(outputs_NK, outputs_NK, Labels(y_N=one_NK, other_N=other_NK, share=share)).backward()
+    expected_NK = 2 * (outputs_NK.detach() - share * one_NK - (1 - share) * other_NK) / 10
+    torch.testing.assert_close(outputs_NK.grad, expected_NK)
+
+
+@pytest.mark.parametrize(("target", "kind"), [(CLASSES, "CrossEntropy"), (VALUES, "SquaredError")])
+def test_loss_that_is_left_open_follows_the_target(target: TargetSpec, kind: str) -> None:
+    assert type(build_objective("auto", end_of(target=target), 0)).__name__ == kind
+    assert not looks_at_output("auto")
+
+
+@pytest.mark.parametrize("name", OF_VALUES)
+def test_last_unit_trains_for_the_loss_of_values_like_the_others(name: str) -> None:
+    units = build_units(convnet(), "adaptive", even_spans(6, 2), VALUES, 0, train=TrainConfig(loss=name))
+    assert {type(unit.objective) for unit in units} == {OBJECTIVES[name]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "target", "part"),
+    [
+        ({"loss": "predsim"}, VALUES, "predsim, which is for classes; the targets are values"),
+        ({"loss": "cross_entropy"}, VALUES, "cross_entropy, which is for classes"),
+        ({"loss": "mse"}, CLASSES, "mse, which is for values; the targets are classes"),
+        ({"label_smoothing": 0.1}, VALUES, "train.label_smoothing: got 0.1"),
+        ({"loss": "mea"}, VALUES, "'mea', unknown loss"),
+    ],
+)
+def test_loss_for_another_kind_of_target_is_refused(settings: dict, target: TargetSpec, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_objective(TrainConfig(**settings), target)
+    assert part in caught.value.what and caught.value.fix
+    other = VALUES if target is CLASSES else CLASSES
+    if "unknown" not in part:
+        check_objective(TrainConfig(**settings), other)
+
+
+def test_training_on_values_learns_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_NCHW = torch.randn(64, *SHAPE, generator=generator)
+    means_N4 = functional.avg_pool2d(x_NCHW, 4).flatten(1)
+    y_NK = torch.stack([means_N4[:, 0] - means_N4[:, 1], means_N4[:, 2] + means_N4[:, 3]], 1)
+    y_NK = (y_NK - y_NK.mean(0)) / y_NK.std(0)
+    units = build_units(convnet(), "adaptive", even_spans(6, 3), VALUES, 0, train=TrainConfig())[:1]
+    optimizers = [make_optimizer(unit.train(), TrainConfig(), 0.02) for unit in units]
+    losses = [float(train_step(units, optimizers, x_NCHW, y_NK, "fp32")[0]) for _ in range(60)]
+    assert losses[0] > 0.8 and losses[-1] < 0.15
 
 
 def test_dead_channels_and_samples_that_are_all_alike_give_finite_gradients() -> None:
@@ -192,7 +274,7 @@ def test_only_training_has_the_weights_of_a_loss_and_the_last_unit_none() -> Non
         )
     assert type(last.objective) is CrossEntropy
     assert last.objective.label_smoothing == 0.1
-    plain = build_units(convnet(), "adaptive", even_spans(6, 2), 10, 0)
+    plain = build_units(convnet(), "adaptive", even_spans(6, 2), TargetSpec(size=10), 0)
     assert [list(unit.state_dict()) for unit in plain] == [
         list(unit.trained().state_dict()) for unit in (*inner, last)
     ]
@@ -200,7 +282,7 @@ def test_only_training_has_the_weights_of_a_loss_and_the_last_unit_none() -> Non
 
 def test_head_learns_from_its_cross_entropy_at_full_rate_and_the_layers_from_both_parts() -> None:
     x_NCHW, y_N = torch.randn(6, *SHAPE), torch.tensor([0, 1, 2, 0, 1, 2])
-    (plain,), (matching,) = (units_for(TrainConfig(loss=name), units=range(1)) for name in OBJECTIVES)
+    (plain,), (matching,) = (units_for(TrainConfig(loss=name), units=range(1)) for name in OF_CLASSES)
     plain.eval(), matching.eval()  # dropout and batch norms would tell the passes apart
     for unit in (plain, matching):
         out_NCHW, logits_NK = unit(x_NCHW)

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 
 from nf_pipeline.core.exits import ExitCandidate, ExitRule, choose_exit
-from nf_pipeline.core.hits import hits_of
+from nf_pipeline.core.hits import Hits
 from nf_pipeline.core.optimism import choice_optimism
 
-BEST = ExitRule(tolerance_points=0.0, confidence=0.95)
+BEST = ExitRule(tolerance=0.0, confidence=0.95)
 """The rule that always takes the best one, and is fooled most."""
 
 
 def exits_of(right_KN):
     return [
-        ExitCandidate(layer_idx=idx, layer=str(idx), hits=hits_of(row), num_val=len(row), params=idx, flops=1)
+        ExitCandidate(layer_idx=idx, layer=str(idx), results=Hits.of(row), params=idx, flops=1)
         for idx, row in enumerate(right_KN)
     ]
 
@@ -29,7 +29,7 @@ def test_optimism_is_what_the_best_of_many_equal_exits_gains_by_luck():
     for _ in range(40):
         exits = exits_of(random.random((20, 400)) < accuracy)
         chosen = choose_exit(exits, 0.0, 0.95).index
-        gained.append(exits[chosen].val_accuracy - accuracy)
+        gained.append(exits[chosen].results.mean - accuracy)
         estimated.append(choice_optimism(exits, BEST))
     assert np.mean(gained) > 0.03
     assert np.mean(estimated) == pytest.approx(np.mean(gained), rel=0.4)
@@ -37,9 +37,7 @@ def test_optimism_is_what_the_best_of_many_equal_exits_gains_by_luck():
 
 def test_rule_that_prefers_small_exits_is_fooled_less():
     exits = exits_of(np.random.default_rng(2).random((20, 400)) < 0.7)
-    assert (
-        choice_optimism(exits, ExitRule(tolerance_points=100.0, confidence=0.95)) < choice_optimism(exits, BEST) / 3
-    )
+    assert choice_optimism(exits, ExitRule(tolerance=100.0, confidence=0.95)) < choice_optimism(exits, BEST) / 3
 
 
 def test_optimism_of_an_exit_far_above_the_others_is_about_zero():

@@ -11,9 +11,14 @@ from nf_pipeline.core.partition import effective_budget
 from nf_pipeline.core.planner import make_plan
 from nf_pipeline.errors import ConfigError, PlanError
 from nf_pipeline.plans import Plan
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 MIB = 2**20
-SMALL = {"image_shape": (3, 16, 16), "num_classes": 10, "split_rows": {"train": 900, "val": 100}}
+SMALL = {
+    "inputs": InputSpec(shape=(3, 16, 16)),
+    "target": TargetSpec(size=10),
+    "split_rows": {"train": 900, "val": 100},
+}
 
 
 def make_cfg(budget: str, train: dict | None = None, **memory: object) -> RunConfig:
@@ -87,7 +92,12 @@ def test_searched_plan_trains_with_a_third_of_what_backpropagation_needs() -> No
     def smallest_budget(train: dict) -> int:
         cfg = make_cfg("1MiB", train).model_copy(update={"model": ModelConfig(name="vgg11_bn")})
         with pytest.raises(PlanError) as caught:
-            make_plan(cfg, image_shape=(3, 32, 32), num_classes=10, split_rows={"train": 900, "val": 100})
+            make_plan(
+                cfg,
+                inputs=InputSpec(shape=(3, 32, 32)),
+                target=TargetSpec(size=10),
+                split_rows={"train": 900, "val": 100},
+            )
         return caught.value.smallest_budget_bytes
 
     assert smallest_budget({}) < smallest_budget({"unit_layers": 8}) / 3

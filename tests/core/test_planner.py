@@ -22,8 +22,10 @@ from nf_pipeline.core.models import build_model
 from nf_pipeline.core.partition import budget_for, effective_budget
 from nf_pipeline.core.planner import make_plan
 from nf_pipeline.core.profiler import StepProbe
+from nf_pipeline.core.stand_ins import numbers
 from nf_pipeline.errors import ConfigError, PlanError
 from nf_pipeline.plans import Plan
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 MIB = 2**20
 ROWS = {"train": 900, "val": 100, "test": 50}
@@ -40,7 +42,7 @@ def make_cfg(model: str | None, budget: str, unit_layers: int = 1, **sections: o
 
 
 def plan_32(cfg: RunConfig) -> Plan:
-    return make_plan(cfg, image_shape=(3, 32, 32), num_classes=10, split_rows=ROWS)
+    return make_plan(cfg, inputs=InputSpec(shape=(3, 32, 32)), target=TargetSpec(size=10), split_rows=ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +65,13 @@ def test_blocks_and_units_cover_all_layers_in_order(vgg_plan: Plan) -> None:
 
 def test_predicted_peaks_are_verified_and_within_the_effective_budget(vgg_plan: Plan) -> None:
     cfg = make_cfg("vgg11_bn", "64MiB")
-    model = build_model("vgg11_bn", image_shape=(3, 32, 32), num_classes=10, seed=0)
-    cut_model = cut(model, (3, 32, 32))
-    units = build_units(cut_model, "adaptive", even_spans(8, 1), 10, 0)
-    in_shapes = [(3, 32, 32), *cut_model.out_shapes]
+    model = build_model("vgg11_bn", inputs=InputSpec(shape=(3, 32, 32)), num_outputs=10, seed=0)
+    cut_model = cut(model, InputSpec(shape=(3, 32, 32)))
+    units = build_units(cut_model, "adaptive", even_spans(8, 1), TargetSpec(size=10), 0)
+    ends = [InputSpec(shape=(3, 32, 32)), *map(numbers, cut_model.out_shapes)]
     for block in vgg_plan.blocks:
         probe = StepProbe(
-            units[slice(*block.units)], in_shapes[block.layers[0]], train=cfg.train, device=torch.device("cpu")
+            units[slice(*block.units)], ends[block.layers[0]], train=cfg.train, device=torch.device("cpu")
         )
         assert (
             block.predicted_peak_bytes == probe.peak_bytes(block.batch_size) <= effective_budget(64 * MIB, cfg.memory)
@@ -129,22 +131,29 @@ def test_the_smallest_budget_of_the_error_makes_a_plan_and_one_byte_less_does_no
 
 
 def test_a_model_that_suits_the_images_is_picked_and_named() -> None:
-    plan = make_plan(make_cfg(None, "64MiB", unit_layers=3), image_shape=(1, 8, 8), num_classes=10, split_rows=ROWS)
+    plan = make_plan(
+        make_cfg(None, "64MiB", unit_layers=3),
+        inputs=InputSpec(shape=(1, 8, 8)),
+        target=TargetSpec(size=10),
+        split_rows=ROWS,
+    )
     assert plan.model == "convnet"
 
 
 @pytest.mark.parametrize("rows", [60, 2])
 def test_no_batch_is_larger_than_the_train_split(rows: int) -> None:
     cfg = make_cfg("convnet", "64MiB")
-    plan = make_plan(cfg, image_shape=(3, 16, 16), num_classes=10, split_rows={"train": rows, "val": 5})
+    plan = make_plan(
+        cfg, inputs=InputSpec(shape=(3, 16, 16)), target=TargetSpec(size=10), split_rows={"train": rows, "val": 5}
+    )
     assert [block.batch_size for block in plan.blocks] == [rows]
     assert f"batch {rows} is the whole train split" in plan.blocks[0].reason
 
 
 def test_a_train_split_below_the_smallest_batch_is_a_config_error() -> None:
     cfg = make_cfg("convnet", "64MiB", memory={"budget_bytes": "64MiB", "min_batch_size": 8})
-    with pytest.raises(ConfigError, match=r"got 7 images, want at least memory\.min_batch_size \(8\)"):
-        make_plan(cfg, image_shape=(3, 16, 16), num_classes=10, split_rows={"train": 7})
+    with pytest.raises(ConfigError, match=r"got 7 samples, want at least memory\.min_batch_size \(8\)"):
+        make_plan(cfg, inputs=InputSpec(shape=(3, 16, 16)), target=TargetSpec(size=10), split_rows={"train": 7})
 
 
 def test_a_budget_beyond_the_devices_memory_counts_as_that_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +171,8 @@ def test_progress_counts_profiled_units_up_to_all() -> None:
     calls = []
     plan = make_plan(
         make_cfg("convnet", "64MiB", unit_layers=2),
-        image_shape=(3, 16, 16),
-        num_classes=10,
+        inputs=InputSpec(shape=(3, 16, 16)),
+        target=TargetSpec(size=10),
         split_rows=ROWS,
         on_progress=lambda done, total: calls.append((done, total)),
     )
@@ -175,8 +184,8 @@ def test_planning_vgg19_takes_none_of_the_memory_that_it_plans() -> None:
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plan = make_plan(
         make_cfg("vgg19_bn", "1TiB", unit_layers=3, memory=memory),
-        image_shape=(3, 32, 32),
-        num_classes=10,
+        inputs=InputSpec(shape=(3, 32, 32)),
+        target=TargetSpec(size=10),
         split_rows={"train": 10**6},
     )
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib

@@ -7,6 +7,7 @@ from torch import nn
 from nf_pipeline.config import RunConfig, TrainConfig
 from nf_pipeline.core import timing
 from nf_pipeline.core.prediction import TimeModel
+from nf_pipeline.core.stand_ins import numbers
 from nf_pipeline.core.timing import Part, PartKey, Seconds, StepTimer
 from nf_pipeline.plans import UnitSpan
 
@@ -60,7 +61,7 @@ def test_loss_takes_time_in_training_only_and_none_on_the_last_unit() -> None:
 
 
 def timer_of(largest_batch: int = 128, module: nn.Module | None = None) -> StepTimer:
-    part = Part(module=module or nn.Conv2d(3, 8, 3), in_shape=(3, 16, 16), largest_batch=largest_batch)
+    part = Part(module=module or nn.Conv2d(3, 8, 3), inputs=numbers((3, 16, 16)), largest_batch=largest_batch)
     return StepTimer(lambda _: part, 1, train=TrainConfig(), device=CPU)
 
 

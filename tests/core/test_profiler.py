@@ -29,9 +29,11 @@ from nf_pipeline.core.profiler import (
     probe_batch_sizes,
     profile_unit,
 )
+from nf_pipeline.core.stand_ins import numbers
 from nf_pipeline.core.train_step import forward_block, make_optimizer, train_step
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.plans import UnitProfile, UnitSpan
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -58,25 +60,26 @@ def make_network(
     name: str, unit_layers: int, image_size: int = 32, segment_layers: int = 0, train: TrainConfig | None = None
 ) -> Network:
     image_shape = (3, image_size, image_size)
-    model = build_model(name, image_shape=image_shape, num_classes=NUM_CLASSES, seed=0)
-    cut_model = cut(model, image_shape)
+    model = build_model(name, inputs=InputSpec(shape=image_shape), num_outputs=NUM_CLASSES, seed=0)
+    cut_model = cut(model, InputSpec(shape=image_shape))
     spans = even_spans(len(cut_model.layers), unit_layers, segment_layers)
     starts: list[Shape] = [image_shape, *cut_model.out_shapes]
     return Network(
-        units=build_units(cut_model, "adaptive", spans, NUM_CLASSES, 0, train=train),
+        units=build_units(cut_model, "adaptive", spans, TargetSpec(size=NUM_CLASSES), 0, train=train),
         spans=spans,
         in_shapes=[starts[span.start] for span in spans],
     )
 
 
-def shapes_of(unit: LocalUnit, in_shape: Shape) -> tuple[Shape, Shape]:
+def ends_of(unit: LocalUnit, in_shape: Shape) -> tuple[InputSpec, InputSpec]:
     with torch.no_grad():
-        return in_shape, tuple(copy.deepcopy(unit).eval().features(torch.zeros(2, *in_shape)).shape[1:])
+        out_NCHW = copy.deepcopy(unit).eval().features(torch.zeros(2, *in_shape))
+    return numbers(in_shape), numbers(tuple(out_NCHW.shape[1:]))
 
 
 def profile_all(network: Network, cfg: TrainConfig, batch_sizes: list[int]) -> list[UnitProfile]:
     return [
-        profile_unit(unit, span, shapes_of(unit, in_shape), train=cfg, device=CPU, batch_sizes=batch_sizes)
+        profile_unit(unit, span, ends_of(unit, in_shape), train=cfg, device=CPU, batch_sizes=batch_sizes)
         for unit, span, in_shape in zip(network.units, network.spans, network.in_shapes, strict=True)
     ]
 
@@ -84,7 +87,7 @@ def profile_all(network: Network, cfg: TrainConfig, batch_sizes: list[int]) -> l
 def predict_peak(
     units: Sequence[LocalUnit], in_shape: Shape, batch_size: int, cfg: TrainConfig, device: torch.device = CPU
 ) -> int:
-    return StepProbe(units, in_shape, train=cfg, device=device).peak_bytes(batch_size)
+    return StepProbe(units, numbers(in_shape), train=cfg, device=device).peak_bytes(batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +195,7 @@ def test_resident_bytes_are_weights_buffers_and_momentum() -> None:
     network = make_network("convnet", 3, 16)
     cfg = TrainConfig()
     unit = network.units[0]
-    resident_bytes = StepProbe([unit], (3, 16, 16), train=cfg, device=CPU).resident_bytes
+    resident_bytes = StepProbe([unit], numbers((3, 16, 16)), train=cfg, device=CPU).resident_bytes
     weights = sum(parameter.nbytes for parameter in unit.parameters())
     loss_bytes = 4
     assert resident_bytes == 2 * weights + sum(buffer.nbytes for buffer in unit.buffers()) + loss_bytes
@@ -209,7 +212,7 @@ def test_fitted_lines_lie_above_every_batch_and_touch_both_ends(name: str, unit_
     profiles = profile_all(network, cfg, probe_batch_sizes(2, 128))
     assert [profile.span for profile in profiles] == network.spans
     for profile, unit, in_shape in zip(profiles, network.units, network.in_shapes, strict=True):
-        probe = StepProbe([unit], in_shape, train=cfg, device=CPU)
+        probe = StepProbe([unit], numbers(in_shape), train=cfg, device=CPU)
         gaps = {size: profile.peak_bytes(size) - probe.peak_bytes(size) for size in (2, 9, 40, 128)}
         assert gaps[2] == 0
         assert 0 <= gaps[128] < 126  # the slope is rounded up
@@ -242,7 +245,7 @@ def test_steps_that_run_out_of_memory_count_as_more_than_the_device_has(
     monkeypatch.setattr(profiler, "train_step", limited_step)
     monkeypatch.setattr(profiler, "total_bytes", lambda _: 10**9)
     network = make_network("convnet", 3, 16)
-    probe = StepProbe(network.units[:1], (3, 16, 16), train=TrainConfig(), device=CPU)
+    probe = StepProbe(network.units[:1], numbers((3, 16, 16)), train=TrainConfig(), device=CPU)
     assert (probe.resident_bytes > 10**9) == (largest < 2)
     assert probe.peak_bytes(17) == 10**9 + 1
     assert (probe.peak_bytes(16) > 10**9) == (largest < 16)
@@ -309,7 +312,7 @@ def test_the_fit_of_a_maximum_of_lines_is_exact_at_the_smallest_batch_and_never_
 def test_flops_of_a_convolution_and_a_linear_layer_are_twice_their_multiply_adds() -> None:
     convolution = nn.Conv2d(3, 8, 3, padding=1)
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-    assert forward_flops([convolution, head], (3, 6, 6)) == [2 * 3 * 9 * 8 * 36, 2 * 8 * 5]
+    assert forward_flops([convolution, head], numbers((3, 6, 6))) == [2 * 3 * 9 * 8 * 36, 2 * 8 * 5]
 
 
 def test_head_params_and_flops_are_those_of_the_head_alone() -> None:
@@ -319,7 +322,7 @@ def test_head_params_and_flops_are_those_of_the_head_alone() -> None:
     out_NCHW, _ = unit(torch.zeros(2, *in_shape))
     features = out_NCHW[0].numel()
     profile = profile_unit(
-        unit, UnitSpan(0, 6), shapes_of(unit, in_shape), train=TrainConfig(), device=CPU, batch_sizes=[2, 8]
+        unit, UnitSpan(0, 6), ends_of(unit, in_shape), train=TrainConfig(), device=CPU, batch_sizes=[2, 8]
     )
     assert profile.head_params == count_params(unit.head) == features * 7 + 7
     assert profile.head_flops == 2 * features * 7
@@ -352,12 +355,12 @@ def test_gpu_profile_is_at_least_the_tensor_bytes() -> None:
 def test_what_a_gpu_cannot_hold_counts_as_more_than_it_has_and_leaves_nothing() -> None:
     unit = make_network("convnet", 3, 16).units[0]
     too_much = torch.cuda.get_device_properties(CUDA).total_memory + 1
-    probe = StepProbe([unit], (3, 16, 16), train=TrainConfig(), device=CUDA)
+    probe = StepProbe([unit], numbers((3, 16, 16)), train=TrainConfig(), device=CUDA)
     small_peak = probe.peak_bytes(8)
     assert probe.peak_bytes(10**9) == too_much
     assert probe.peak_bytes(8) == pytest.approx(small_peak, rel=0.01)
     del probe
-    huge = StepProbe([unit], (3, 200_000, 200_000), train=TrainConfig(), device=CUDA)
+    huge = StepProbe([unit], numbers((3, 200_000, 200_000)), train=TrainConfig(), device=CUDA)
     assert huge.resident_bytes == huge.peak_bytes(2) == too_much
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.sync_batch_norm import SynchronisedBatchNorm, synchronise_batch_norms
 from nf_pipeline.gang import ALONE
+from nf_pipeline.samples import InputSpec
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
@@ -121,7 +122,7 @@ def test_a_layer_takes_the_memory_of_the_native_one(shape, dtype):
 
 
 def test_replacing_keeps_weights_buffers_and_names():
-    model = build_model("resnet18", image_shape=(3, 32, 32), num_classes=4, seed=0)
+    model = build_model("resnet18", inputs=InputSpec(shape=(3, 32, 32)), num_outputs=4, seed=0)
     model.eval()
     untouched, parameters, buffers = copy.deepcopy(model), list(model.parameters()), list(model.buffers())
     synchronise_batch_norms(model)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.trace import trace_model
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.samples import InputSpec
 
 SHAPE = (3, 16, 16)
 
@@ -91,7 +92,7 @@ def test_module_that_cannot_be_entered_stays_one_operation(middle, names):
     torch.manual_seed(0)
     model = network(*middle)
     assert set(trace_model(model).kept_whole) == {type(middle[0])}
-    cut_model = cut(model, SHAPE)
+    cut_model = cut(model, InputSpec(shape=SHAPE))
     assert cut_model.names == names
     assert_same_in_both_modes(model, cut_model)
 
@@ -112,7 +113,7 @@ def test_mode_that_is_only_handed_on_is_the_one_that_the_layer_has_when_it_runs(
     recording = trace_model(model)
     assert recording.kept_whole == {}
     assert [node.target for node in recording.graph.nodes].count("training") == 2
-    cut_model = cut(model, SHAPE)
+    cut_model = cut(model, InputSpec(shape=SHAPE))
     assert cut_model.names == ("one", "two")
     assert_same_in_both_modes(model, cut_model)
     x = torch.randn(2, *SHAPE)
@@ -156,9 +157,9 @@ def test_network_whose_maps_stay_channels_last_is_refused_with_the_place():
             return self.fc(x.mean((1, 2)))
 
     with pytest.raises(
-        ConfigError, match=r"its maps are \(N, H, W, C\) from permute on, and heads take \(N, C, H, W\)"
+        ConfigError, match=r"its channels are the last axis from permute on, and heads take them first"
     ):
-        cut(ChannelsLast(), SHAPE)
+        cut(ChannelsLast(), InputSpec(shape=SHAPE))
 
 
 def test_cut_leaves_no_layer_between_a_permutation_and_the_one_back():
@@ -170,6 +171,6 @@ def test_cut_leaves_no_layer_between_a_permutation_and_the_one_back():
         def forward(self, x):
             return self.mix(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
-    cut_model = cut(network(ChannelsLast()), SHAPE)
+    cut_model = cut(network(ChannelsLast()), InputSpec(shape=SHAPE))
     assert cut_model.names == ("0", "1.mix", "2")
     assert cut_model.out_shapes == ((4, 16, 16), (4, 16, 16), (8, 16, 16))

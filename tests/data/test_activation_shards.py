@@ -22,7 +22,7 @@ from nf_pipeline.storage.reader import ShardReader
 from nf_pipeline.storage.store import open_store
 
 
-def trained(store_uri, dtype):
+def trained(store_uri, dtype, **data):
     flags = {
         "run": dtype,
         "storage.uri": store_uri,
@@ -36,6 +36,7 @@ def trained(store_uri, dtype):
         "cluster.executor": "inline",
         "cluster.num_threads": 1,
         "train.device": "cpu",
+        **data,
     }
     train(resolve_config(flags=flags))
     return f"{store_uri}/{dtype}"
@@ -59,14 +60,14 @@ def read_back(uri, split):
         if manifest.spec.dtype == "uint8":
             numbers = manifest.spec.affine.decode(batch.tensors.reshape(-1, *manifest.spec.shape))
         for sample_id, label, row in zip(batch.sample_ids, batch.labels, numbers, strict=True):
-            rows[int(sample_id)] = (int(label), row.reshape(manifest.spec.shape))
+            rows[int(sample_id)] = (label.tolist(), row.reshape(manifest.spec.shape))
     return rows
 
 
 def assert_same_rows(batch, want):
     assert len(batch["sample_id"]) == len(want)
     for sample_id, label, tensor in zip(batch["sample_id"], batch["label"], batch["tensor"], strict=True):
-        assert label == want[sample_id][0]
+        assert label.tolist() == want[sample_id][0]
         np.testing.assert_array_equal(tensor.astype(np.float32), want[sample_id][1])
 
 
@@ -82,6 +83,17 @@ def test_decoded_shards_equal_what_training_reads(run):
         assert batch["tensor"].shape == (shards.num_rows, *shards.spec.shape)
         assert batch["tensor"].dtype == (np.float16 if shards.spec.dtype == "float16" else np.float32)
         assert_same_rows(batch, read_back(run, split))
+
+
+def test_values_to_predict_are_decoded_beside_the_activations(tmp_path):
+    run = trained(str(tmp_path), "float16", **{"data.target": "values"})
+    shards = ActivationShards(run, 0)
+
+    batch = shards.decode(numpy_batch(shards.paths))
+
+    assert (batch["label"].dtype, batch["label"].shape) == (np.float32, (shards.num_rows, 1))
+    assert_same_rows(batch, read_back(run, "train"))
+    assert np.array_equal(np.unique(batch["label"]), np.arange(10))
 
 
 def test_paths_are_the_manifests_shards_in_order(run):

@@ -78,9 +78,27 @@ def test_given_label_column_that_is_missing_is_named():
         find_label_column(pa.schema([("label", pa.int64())]), "kind", "a.parquet")
 
 
-def test_label_column_of_floats_is_refused():
-    with pytest.raises(DataError, match=r"a.parquet, column 'label': type double, want whole numbers or text"):
-        find_label_column(pa.schema([("label", pa.float64())]), None, "a.parquet")
+@pytest.mark.parametrize(
+    "kind", [pa.bool_(), pa.list_(pa.list_(pa.float32())), pa.timestamp("s"), pa.binary()], ids=str
+)
+def test_label_column_of_neither_numbers_nor_text_is_refused(kind):
+    with pytest.raises(DataError, match=r"a.parquet, column 'label': type .*, want whole numbers, text, or values"):
+        find_label_column(pa.schema([("label", kind)]), None, "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.float32(),
+        pa.float64(),
+        pa.list_(pa.float32()),
+        pa.list_(pa.int64(), 3),
+        pa.fixed_shape_tensor(pa.int8(), [2]),
+    ],
+    ids=str,
+)
+def test_label_column_of_numbers_or_lists_of_them_is_found(kind):
+    assert find_label_column(pa.schema([("target", kind)]), None, "a.parquet") == "target"
 
 
 def test_struct_and_plain_bytes_give_the_bytes_and_name_what_is_missing():
@@ -139,9 +157,37 @@ def test_nested_lists_that_are_no_tensor_say_why():
     ]
 
 
-def test_lists_of_other_numbers_hold_no_images():
+def test_lists_of_what_is_no_number_hold_no_images():
     with pytest.raises(DataError, match="no column holds images"):
-        find_image_column(pa.schema([("image", pa.list_(pa.list_(pa.int64())))]), None, "f")
+        find_image_column(pa.schema([("image", pa.list_(pa.list_(pa.string())))]), None, "f")
+
+
+TOKENS = ("input_ids", pa.list_(pa.int64()))
+FEATURES = ("features", pa.fixed_shape_tensor(pa.float32(), [3, 4]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "want"),
+    [
+        ([TOKENS, ("attention_mask", pa.list_(pa.int64())), ("label", pa.int64())], "input_ids"),
+        ([FEATURES, TOKENS], "input_ids"),
+        ([FEATURES, ("label", pa.list_(pa.float32()))], "features"),
+        ([FEATURES, ("picture", pa.binary())], "picture"),
+        ([("boxes", pa.list_(pa.float64())), ("picture", STRUCT)], "picture"),
+        ([("label", pa.list_(pa.float32()))], "label"),
+    ],
+    ids=["tokens", "names", "labels-aside", "binary-first", "struct-first", "only-labels"],
+)
+def test_tensor_column_is_found_where_no_column_can_only_be_images(columns, want):
+    assert find_image_column(pa.schema(columns), None, "f") == want
+
+
+def test_given_label_column_is_not_taken_for_the_input():
+    schema = pa.schema([("state", pa.list_(pa.float32())), ("action", pa.list_(pa.float32()))])
+
+    assert find_image_column(schema, None, "f", "action") == "state"
+    with pytest.raises(DataError, match=r"columns \['action', 'state'\] could all be the image"):
+        find_image_column(schema, None, "f")
 
 
 def test_our_own_shards_are_read_as_images():

@@ -11,6 +11,7 @@ from PIL import Image
 from nf_pipeline.data.base import RawImage, Unusable
 from nf_pipeline.data.decode import Undecodable, decode_image, decode_stream, fit_channels
 from nf_pipeline.errors import DataError
+from nf_pipeline.samples import InputSpec
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (9, 7, 3), np.uint8)
@@ -25,7 +26,8 @@ def saved(image, kind="PNG", **options):
 
 def stream(cells, shape=(1, 6, 6), **changed):
     arguments = {"image_size": None, "threads": 3, "where": lambda row: f"f.parquet, row {row}"} | changed
-    return decode_stream((RawImage(row, cell) for row, cell in enumerate(cells)), shape=shape, **arguments)
+    rows = (RawImage(row, cell) for row, cell in enumerate(cells))
+    return decode_stream(rows, inputs=InputSpec(shape=shape), **arguments)
 
 
 def test_colour_png_decodes_to_its_planes():
@@ -86,6 +88,38 @@ def test_16_bit_grey_keeps_its_upper_8_bits():
     deep = (GREY.astype(np.uint16) << 8) | 200
 
     np.testing.assert_array_equal(decode_image(saved(Image.fromarray(deep))), GREY[None])
+
+
+DEEP = RNG.integers(0, 2**16, (9, 7), np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_keeps_all_bits_where_these_are_asked_for(kind):
+    kept = decode_image(saved(Image.fromarray(DEEP), kind), pixels="uint16")
+
+    assert kept.dtype == np.uint16
+    np.testing.assert_array_equal(kept, DEEP[None])
+
+
+def test_16_bit_grey_of_the_other_byte_order_is_the_same():
+    swapped = Image.frombytes("I;16B", DEEP.shape[::-1], DEEP.astype(">u2").tobytes())
+
+    np.testing.assert_array_equal(decode_image(lambda: swapped, pixels="uint16"), DEEP[None])
+
+
+def test_8_bits_are_scaled_to_16():
+    np.testing.assert_array_equal(decode_image(encode(GREY), pixels="uint16"), GREY[None] * np.uint16(257))
+    np.testing.assert_array_equal(decode_image(COLOUR, pixels="uint16")[2], COLOUR[:, :, 2] * np.uint16(257))
+
+
+def test_resized_16_bit_grey_stays_between_its_neighbours():
+    ramp = np.repeat(np.linspace(0, 65535, 32).astype(np.uint16)[None], 32, axis=0)
+    resized = decode_image(saved(Image.fromarray(ramp)), image_size=8, pixels="uint16")
+
+    assert (resized.shape, resized.dtype) == ((1, 8, 8), np.uint16)
+    assert (np.diff(resized[0].astype(int), axis=1) > 6000).all() and (
+        np.diff(resized[0].astype(int), axis=0) == 0
+    ).all()
 
 
 def test_float_pixels_are_undecodable_and_the_mode_is_named():
@@ -197,7 +231,7 @@ def test_stream_reads_no_further_ahead_than_its_bound():
             read.append(row)
             yield RawImage(row, encode(pixels_of(0)))
 
-    batches = decode_stream(cells(), shape=(1, 6, 6), image_size=None, threads=2, where=str)
+    batches = decode_stream(cells(), inputs=InputSpec(shape=(1, 6, 6)), image_size=None, threads=2, where=str)
     next(batches)
     batches.close()
 

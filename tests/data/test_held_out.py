@@ -23,6 +23,15 @@ def test_labels_come_back_for_samples_in_any_order() -> None:
     assert labels.of(np.array([5, 7, 3, 7])).tolist() == [0, 1, 2, 1]
 
 
+def test_values_come_back_for_samples_in_any_order() -> None:
+    values = np.array([[1.5, -2.0], [0.25, 3.0], [0.0, 1e-30]], np.float32)
+    labels = HeldOutLabels()
+    stored = labels.hold_back(values, np.array([7, 3, 5]))
+
+    assert stored.dtype == np.float32 and np.isnan(stored).all() and stored.shape == (3, 2)
+    assert np.array_equal(decode_labels(labels.encode()).of(np.array([3, 7, 3])), values[[1, 0, 1]])
+
+
 def test_same_labels_give_the_same_bytes_whatever_order_they_came_in() -> None:
     assert held(([7, 3], [1, 2]), ([5], [0])).encode() == held(([5, 7], [0, 1]), ([3], [2])).encode()
 

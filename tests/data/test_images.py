@@ -9,18 +9,20 @@ from nf_pipeline.config import DataConfig
 from nf_pipeline.data.images import open_images, open_labelled
 from nf_pipeline.data.skipped import SkippedImages
 from nf_pipeline.errors import DataError
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 SHAPE = (1, 6, 6)
 
 
 def opened(source, shape=SHAPE, **settings):
-    return [
-        (name, int(image[0, 0, 0])) for name, image in open_images(DataConfig(source=str(source), **settings), shape)
-    ]
+    samples = open_images(DataConfig(source=str(source), **settings), InputSpec(shape=shape))
+    return [(name, int(image[0, 0, 0])) for name, image in samples]
 
 
 def labelled(source, class_names, shape=SHAPE, **settings):
-    batches = list(open_labelled(DataConfig(source=str(source), **settings), shape, class_names))
+    target = TargetSpec(size=len(class_names))
+    data = DataConfig(source=str(source), **settings)
+    batches = list(open_labelled(data, InputSpec(shape=shape), target, class_names))
     ids = [name for batch in batches for name in batch.ids]
     return ids, np.concatenate([batch.labels for batch in batches]).tolist(), batches
 
@@ -79,7 +81,7 @@ def test_skipped_images_are_left_out_and_counted(tmp_path, caplog):
     skipped = SkippedImages("skip")
 
     with caplog.at_level(logging.WARNING):
-        got = list(open_images(DataConfig(source=str(tmp_path)), SHAPE, skipped))
+        got = list(open_images(DataConfig(source=str(tmp_path)), InputSpec(shape=SHAPE), skipped))
 
     assert [name for name, _ in got] == ["a.parquet:0", "a.parquet:2"]
     assert skipped.num_images == 1
@@ -142,7 +144,9 @@ def test_skipped_rows_keep_labels_with_their_images(tmp_path):
 def test_cifar10_evaluates_its_test_split():
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-    batches = open_labelled(DataConfig(source=str(require_cifar10())), (3, 32, 32), names)
+    batches = open_labelled(
+        DataConfig(source=str(require_cifar10())), InputSpec(shape=(3, 32, 32)), TargetSpec(size=10), names
+    )
 
     first = next(batches)
     assert first.ids[0] == "test-00000-of-00001.parquet:0"

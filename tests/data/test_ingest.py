@@ -75,10 +75,10 @@ def test_shards_of_the_test_split_hold_no_label_and_those_of_others_hold_theirs(
 
 def test_mean_and_std_are_those_of_the_stored_train_split(tmp_path):
     store, _, manifest = run_ingest(tmp_path, make_config("digits"))
-    stored = rows_of(store, manifest, "train")[0] / 255
+    stored = rows_of(store, manifest, "train")[0]
 
-    np.testing.assert_allclose(manifest.facts["mean"], [stored.mean()])
-    np.testing.assert_allclose(manifest.facts["std"], [stored.std()])
+    np.testing.assert_allclose(manifest.facts["inputs"]["mean"], [stored.mean()])
+    np.testing.assert_allclose(manifest.facts["inputs"]["std"], [stored.std()])
 
 
 def test_same_seed_stores_the_same_bytes_whatever_the_threads(tmp_path):
@@ -208,7 +208,7 @@ def test_sizes_that_differ_are_an_error_until_image_size_is_given(tmp_path):
         run_ingest(tmp_path, make_config(tmp_path / "in", on_bad_image="skip"))
     assert "--image-size 6" in str(caught.value)
     _, _, manifest = run_ingest(tmp_path, make_config(tmp_path / "in", image_size=7), "resized")
-    assert manifest.facts["image_shape"] == [1, 7, 7]
+    assert manifest.facts["inputs"]["shape"] == [1, 7, 7]
 
 
 def test_grey_images_in_a_colour_data_set_become_colour(tmp_path):
@@ -218,7 +218,7 @@ def test_grey_images_in_a_colour_data_set_become_colour(tmp_path):
     store, _, manifest = run_ingest(tmp_path, make_config(tmp_path / "in"))
 
     tensors, _, ids = rows_of(store, manifest, "train")
-    assert manifest.facts["image_shape"] == [3, 6, 6]
+    assert manifest.facts["inputs"]["shape"] == [3, 6, 6]
     np.testing.assert_array_equal(tensors, np.repeat(ids.astype(np.uint8)[:, None], 108, axis=1))
 
 
@@ -281,7 +281,7 @@ def test_cifar10_subset_is_balanced_and_looks_like_cifar10(tmp_path):
     assert manifest.facts["split_rows"] == {"train": 1800, "val": 200, "test": 10_000}
     assert np.bincount(rows_of(store, manifest, "train")[1]).tolist() == [180] * 10
     # Known mean of CIFAR-10's train images: 0.491, 0.482, 0.447.
-    np.testing.assert_allclose(manifest.facts["mean"], [0.491, 0.482, 0.447], atol=0.01)
+    np.testing.assert_allclose(np.divide(manifest.facts["inputs"]["mean"], 255), [0.491, 0.482, 0.447], atol=0.01)
 
 
 _MEASURE = """

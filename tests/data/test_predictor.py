@@ -12,6 +12,7 @@ from nf_pipeline.config import resolve_config
 from nf_pipeline.data import Predictor
 from nf_pipeline.driver.use import predict
 from nf_pipeline.errors import ConfigError, DataError, ObjectMissing
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 DIGITS = "nf_pipeline/data/digits.parquet"
 
@@ -19,7 +20,10 @@ DIGITS = "nf_pipeline/data/digits.parquet"
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory):
     """A finished run on some of the digits."""
-    store = tmp_path_factory.mktemp("runs")
+    return trained(tmp_path_factory.mktemp("runs"))
+
+
+def trained(store, **data):
     flags = {
         "storage.uri": str(store),
         "memory.budget_bytes": "4MiB",
@@ -28,6 +32,7 @@ def uri(tmp_path_factory):
         "cluster.executor": "inline",
         "cluster.num_threads": 1,
         "train.device": "cpu",
+        **data,
     }
     train(resolve_config(flags=flags))
     return f"{store}/run"
@@ -44,7 +49,7 @@ def digits():
     from nf_pipeline.config import DataConfig
     from nf_pipeline.data.images import open_labelled
 
-    batches = list(open_labelled(DataConfig(), (1, 8, 8), tuple("0123456789")))
+    batches = list(open_labelled(DataConfig(), InputSpec(shape=(1, 8, 8)), TargetSpec(size=10), tuple("0123456789")))
     return np.concatenate([b.images[:, 0] for b in batches]), np.concatenate([b.labels for b in batches])
 
 
@@ -66,6 +71,20 @@ def test_predictions_are_those_of_the_predict_command(uri, predictor, digits, tm
     np.testing.assert_allclose(got["probability"], want["probability"].to_numpy(), atol=1e-5)
     assert (got["label_idx"].dtype, got["probability"].dtype) == (np.int64, np.float32)
     assert (got["label_idx"] == digits[1]).mean() > 0.8
+
+
+def test_predicted_values_are_those_of_the_predict_command_in_their_own_units(digits, tmp_path):
+    uri = trained(tmp_path, **{"data.target": "values", "train.epochs": 1})
+    predict(uri, "digits", str(tmp_path / "out.parquet"))
+    want = np.array(pq.read_table(tmp_path / "out.parquet")["prediction"].to_pylist())
+
+    got = Predictor(uri)({"image": digits[0], "id": np.arange(1797)})
+
+    assert list(got) == ["id", "prediction"]
+    assert (got["prediction"].dtype, got["prediction"].shape) == (np.float32, (1797, 1))
+    np.testing.assert_allclose(got["prediction"], want, atol=1e-4)
+    assert abs(got["prediction"].mean() - digits[1].mean()) < 1.5
+    assert np.corrcoef(got["prediction"][:, 0], digits[1])[0, 1] > 0.5
 
 
 def test_every_form_of_the_same_images_gives_the_same_predictions(predictor, digits):
@@ -133,7 +152,7 @@ def test_bad_image_is_named_or_left_out(uri, predictor, digits):
         ),
         ({"image": [1, 2]}, ConfigError, "want a dict of numpy arrays"),
         ({"id": np.arange(2)}, DataError, r"no column holds images .*; it has 'id' \(int64 \[2\]\)"),
-        ({"image": np.zeros((2, 8, 8))}, DataError, r"no column holds images .*'image' \(float64 \[2, 8, 8\]\)"),
+        ({"image": np.zeros((2, 8, 8), bool)}, DataError, r"no column holds images .*'image' \(bool \[2, 8, 8\]\)"),
         (
             {"a": np.zeros((2, 8, 8), np.uint8), "b": np.zeros((2, 8, 8), np.uint8)},
             DataError,
@@ -152,8 +171,10 @@ def test_unusable_batch_is_an_error_that_says_so(predictor, batch, error, text):
 def test_named_column_that_is_missing_or_no_image_is_an_error(uri):
     with pytest.raises(DataError, match="missing column 'photo'; it has 'image'"):
         Predictor(uri, image_column="photo")({"image": np.zeros((2, 8, 8), np.uint8)})
-    with pytest.raises(DataError, match="it is a float64 array, want uint8"):
+    with pytest.raises(DataError, match="it holds float64, want uint8"):
         Predictor(uri, image_column="image")({"image": np.zeros((2, 8, 8))})
+    with pytest.raises(DataError, match="it is a bool array, want uint8"):
+        Predictor(uri, image_column="image")({"image": np.zeros((2, 8, 8), bool)})
 
 
 def test_run_without_a_model_is_an_error(tmp_path):

@@ -1,14 +1,15 @@
 """Plans that nobody trains by: as many blocks as a test wants, each of one unit and one layer, in a chain."""
 
 from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 
 def chain_plan(num_blocks: int) -> Plan:
     """Returns a plan whose blocks each read what the one before stores."""
     return Plan(
         model="convnet",
-        num_classes=10,
-        image_shape=(1, 8, 8),
+        target=TargetSpec(size=10),
+        inputs=InputSpec(shape=(1, 8, 8)),
         budget_bytes=2**26,
         layers=tuple(
             LayerSpec(layer_idx=i, name=f"features.{i}", out_shape=(8, 8, 8), params=1, flops=1)

@@ -9,12 +9,13 @@ import pytest
 from damaged_runs import Run, edit, finish
 
 from nf_pipeline.config import DataConfig, RunConfig
+from nf_pipeline.core.hits import Hits
 from nf_pipeline.driver import run as driver_run
 from nf_pipeline.driver.early_end import find_early_end
+from nf_pipeline.driver.evaluation import evaluate
 from nf_pipeline.driver.gc import collect_garbage
 from nf_pipeline.driver.run import resume, train
 from nf_pipeline.driver.status import read_status
-from nf_pipeline.driver.use import evaluate
 from nf_pipeline.driver.verify import NOT_NEEDED, verify_run
 from nf_pipeline.errors import Diverged, ObjectCorrupt, ObjectMissing
 from nf_pipeline.events import Event, Note, Publishing, StageDone, StageFailed, StageNotNeeded, StageStarted
@@ -129,14 +130,14 @@ def test_gc_releases_what_a_run_that_ended_early_keeps(hopeless: MakeConfig) -> 
 
 def test_pipelined_run_trains_all_blocks(hopeless: MakeConfig) -> None:
     config = hopeless(train__mode="pipelined")
-    facts = {"val_correct": [1], "num_val": 10}
-    assert find_early_end(config, NUM_BLOCKS, [facts, facts]) is None
-    assert find_early_end(hopeless(), NUM_BLOCKS, [facts, facts]).num_blocks == 2
+    found = [Hits(0b1, 10)]
+    assert find_early_end(config, NUM_BLOCKS, [found, found]) is None
+    assert find_early_end(hopeless(), NUM_BLOCKS, [found, found]).num_blocks == 2
 
 
 def test_run_whose_blocks_are_all_trained_did_not_end_early(hopeless: MakeConfig) -> None:
-    facts = {"val_correct": [1], "num_val": 10}
-    assert find_early_end(hopeless(), 2, [facts, facts]) is None
+    found = [Hits(0b1, 10)]
+    assert find_early_end(hopeless(), 2, [found, found]) is None
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,16 @@ from damaged_runs import Run, config_of, edit, finish, flip_bit
 
 from nf_pipeline import load_early_exit_model, load_model
 from nf_pipeline.cli import main
+from nf_pipeline.config import DataConfig
 from nf_pipeline.core.early_exit_model import all_logits
-from nf_pipeline.core.hits import hits_from_text, unpacked
+from nf_pipeline.core.hits import Hits
 from nf_pipeline.data.held_out import UNKNOWN
 from nf_pipeline.data.predictor import classify
+from nf_pipeline.driver.early_exit_wish import EarlyExitWish
+from nf_pipeline.driver.evaluation import evaluate_adaptive
 from nf_pipeline.driver.run import resume, train
-from nf_pipeline.driver.use import EarlyExitWish, predict
+from nf_pipeline.driver.run_record import load_plan
+from nf_pipeline.driver.use import predict
 from nf_pipeline.driver.verify import verify_run
 from nf_pipeline.errors import ConfigError, ObjectCorrupt, ObjectMissing
 from nf_pipeline.events import Event, Note, StageStarted
@@ -28,6 +32,7 @@ from nf_pipeline.storage.sealed import unseal
 from nf_pipeline.storage.store import open_store
 from nf_pipeline.worker import assemble
 from nf_pipeline.worker.choice import read_test_labels
+from nf_pipeline.worker.decide import list_exits
 from nf_pipeline.worker.feed import open_feed
 
 LAYOUT = RunLayout("run")
@@ -107,14 +112,12 @@ def test_temperature_lowers_the_cross_entropy_and_makes_the_probabilities_of_pre
 def test_stored_hits_are_the_samples_that_the_exits_get_right_in_the_order_of_the_split(kept_run: Run) -> None:
     paths = sorted(kept_run.folder.glob("blocks/*/manifest.json"))
     facts = [unseal(path.read_bytes())["facts"] for path in paths]
-    stored = [
-        unpacked(hits_from_text(text, one["num_val"]), one["num_val"]) for one in facts for text in one["val_hits"]
-    ]
+    stored = [Hits.from_text(text, one["num_val"]).unpacked() for one in facts for text in one["val_hits"]]
     store = open_store(str(kept_run.store))
     ingest = read_manifest(store, LAYOUT.ingest_manifest)
     model = load_early_exit_model(kept_run.uri)
     (batch,) = open_feed(store, ingest, "val", batch_size=1000, device=torch.device("cpu")).batches()
-    pixels_NCHW = batch.take_x() * model.final.normalise.std_C11 + model.final.normalise.mean_C11
+    pixels_NCHW = batch.take_x() * model.final.normalise.std_C + model.final.normalise.mean_C
     heads, stops = list(model.heads), [one["layer_idx"] + 1 for one in kept_run.summary["exits"]][: len(model.heads)]
     for right_N, logits_NK in zip(stored, all_logits(model.final, heads, stops, pixels_NCHW), strict=False):
         found_N = (logits_NK.argmax(dim=1) == batch.y_N).numpy()
@@ -270,6 +273,61 @@ def test_command_lets_images_leave_early_and_refuses_what_no_point_has(
     assert "the cheapest operating point takes" in capsys.readouterr().err
     assert main(["predict", finished_run.uri, *arguments, "--accuracy", "0.5"]) == 4
     assert "--exits all" in capsys.readouterr().err
+
+
+def test_evaluation_with_early_exits_counts_what_leaves_where(kept_run: Run) -> None:
+    pixels, labels = pixels_and_labels(kept_run)
+    found = evaluate_adaptive(kept_run.uri, DataConfig(source="digits"), EarlyExitWish(accuracy=0.5))
+    model = load_early_exit_model(kept_run.uri).with_accuracy(0.5)
+    assert found["num_images"] == 1797 and sum(exit["share"] for exit in found["exits"]) == pytest.approx(1.0)
+    assert [exit["layer"] for exit in found["exits"]] == list(model.exit_layers)
+    assert found["interval"][0] < found["accuracy"] < found["interval"][1]
+    assert (found["val_accuracy"], found["threshold"]) == (model.point.val_accuracy, model.point.threshold)
+    # The test split is part of the digits; the others are as easy.
+    on_test = float((model(torch.from_numpy(pixels)).logits_NK.argmax(dim=1).numpy() == labels).mean())
+    assert found["accuracy"] == pytest.approx(on_test, abs=0.12)
+    flops = [exit["flops"] for exit in kept_run.summary["exits"]]
+    shares = [exit["share"] for exit in found["exits"]]
+    assert min(flops) <= found["flops"] <= sum(share * cost for share, cost in zip(shares, flops, strict=False)) * 1.2
+    assert found["flops_final"] == flops[kept_run.summary["chosen_exit"]]
+
+
+def test_command_measures_early_exits_and_says_what_is_missing(
+    kept_run: Run, finished_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", kept_run.uri, "--data", "digits", "--adaptive", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"] == 1797
+    assert main(["evaluate", kept_run.uri, "--data", "digits", "--flops", "1e12"]) == 0
+    assert "GFLOPs per sample" in capsys.readouterr().out
+    assert main(["evaluate", finished_run.uri, "--data", "digits", "--adaptive"]) == 4
+    assert "--exits all" in capsys.readouterr().err
+
+
+INCONSISTENT: dict[str, Callable[[dict[str, Any]], object]] = {
+    "too few temperatures": lambda choice: choice["early_exits"].update(temperatures=[1.0]),
+    "no early exits": lambda choice: choice.update(early_exits=None),
+    "no calibration": lambda choice: choice.update(calibration=None),
+}
+
+
+@pytest.mark.parametrize("change", INCONSISTENT)
+def test_choice_that_does_not_fit_the_run_is_damage(kept_run: Run, tmp_path: Path, change: str) -> None:
+    run = kept_run.copy(tmp_path / "runs")
+    (run.folder / "model/manifest.json").unlink()
+    edit(run.path("model/choice-00000.json"), INCONSISTENT[change])
+    if change == "too few temperatures" and kept_run.summary["chosen_exit"] == 0:
+        pytest.skip("one temperature is right for the first exit")
+    with pytest.raises(ObjectCorrupt, match=r"choice-00000\.json"):
+        resume(run.uri)
+
+
+def test_error_about_results_of_an_exit_names_its_block(kept_run: Run) -> None:
+    store = open_store(str(kept_run.store))
+    plan = load_plan(store, LAYOUT)
+    facts = [dict(read_manifest(store, LAYOUT.block_manifest(idx)).facts) for idx in range(len(plan.blocks))]
+    for broken in ([facts[1]["val_hits"][0][:-4]], [], ["ä"]):
+        with pytest.raises(ObjectCorrupt, match=r"block-001 is damaged: facts\.val_hits"):
+            list_exits(plan, [facts[0], {**facts[1], "val_hits": broken}, *facts[2:]])
 
 
 def test_two_wishes_at_once_are_refused() -> None:

@@ -32,10 +32,10 @@ GANG = 2
 def curve_of_one_process(config: RunConfig, store: Store, plan: Plan) -> list[list[float]]:
     """Trains the first block alone, on the members' batches put together; mean losses per epoch and unit."""
     block, settings = plan.blocks[0], config.train
-    model = build_model(plan.model, image_shape=plan.image_shape, num_classes=plan.num_classes, seed=settings.seed)
-    cut_model = cut(model, plan.image_shape)
+    model = build_model(plan.model, inputs=plan.inputs, num_outputs=plan.target.size, seed=settings.seed)
+    cut_model = cut(model, plan.inputs)
     which = range(*block.units)
-    units = build_units(cut_model, settings.head, plan.spans, plan.num_classes, settings.seed, units=which)
+    units = build_units(cut_model, settings.head, plan.spans, plan.target, settings.seed, units=which)
     peak_lr = peak_learning_rate(settings.lr, block.batch_size * GANG)
     optimizers = [make_optimizer(unit, settings, peak_lr) for unit in units]
     curve, step = [], 0

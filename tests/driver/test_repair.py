@@ -12,8 +12,8 @@ from damaged_runs import Run, config_of, edit, finish, flip_bit, truncate
 
 import nf_pipeline.data
 from nf_pipeline import load_model
+from nf_pipeline.driver.evaluation import evaluate
 from nf_pipeline.driver.run import resume, train
-from nf_pipeline.driver.use import evaluate
 from nf_pipeline.driver.verify import verify_run
 from nf_pipeline.errors import DataError, ObjectCorrupt, ObjectMissing, RunConflict, StageOutdated, StorageError
 from nf_pipeline.events import EpochDone, Event, Note, StageStarted

@@ -53,7 +53,13 @@ SUMMARY_KEYS = {
     "blocks",
     "exits",
     "chosen_exit",
+    "metric",
     "val_accuracy",
+    "val_error",
+    "val_error_corrected",
+    "val_error_interval_corrected",
+    "test_error",
+    "test_error_interval",
     "test_accuracy",
     "val_optimism",
     "val_accuracy_corrected",
@@ -100,7 +106,9 @@ def test_summary_has_the_fields_that_scripts_rely_on(digits_config: MakeConfig) 
     assert set(summary) >= SUMMARY_KEYS
     assert all(set(block) == BLOCK_KEYS for block in summary["blocks"])
     for exit in summary["exits"]:
-        assert set(exit) == {"layer_idx", "layer", "val_accuracy", "val_interval", "params", "flops"}
+        measured = {"val_accuracy", "val_interval", "val_error", "val_error_interval"}
+        assert set(exit) == {"layer_idx", "layer", "params", "flops", *measured}
+        assert exit["val_error"] is exit["val_error_interval"] is None
         assert exit["val_interval"][0] <= exit["val_accuracy"] <= exit["val_interval"][1]
     stored = unseal(Path(config.storage.uri, config.run, "summary.json").read_bytes())
     assert stored == json.loads(json.dumps(summary))
@@ -274,7 +282,7 @@ def test_loaded_model_reproduces_the_test_accuracy_of_the_summary(digits_config:
     model = load_model(uri)
     assert model.card.test_accuracy == summary["test_accuracy"]
     assert sum(p.numel() for p in model.parameters()) == summary["params_final"]
-    logits_NK = model(torch.zeros(3, *model.card.image_shape, dtype=torch.uint8))
+    logits_NK = model(torch.zeros(3, *model.card.inputs.shape, dtype=torch.uint8))
     assert logits_NK.shape == (3, 10)
 
 

@@ -10,10 +10,11 @@ from PIL import Image
 
 from nf_pipeline import load_model
 from nf_pipeline.config import DataConfig, resolve_config
+from nf_pipeline.driver.evaluation import evaluate
 from nf_pipeline.driver.preview import preview_plan
 from nf_pipeline.driver.run import resume, train
 from nf_pipeline.driver.run_record import load_plan
-from nf_pipeline.driver.use import evaluate, export, predict
+from nf_pipeline.driver.use import export, predict
 from nf_pipeline.errors import ConfigError, DataError, ObjectMissing, StorageError
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.store import open_store
@@ -121,7 +122,7 @@ def test_exported_program_computes_what_the_model_computes(finished: tuple[str, 
     program = torch.export.load(path).module()
     model = load_model(uri)
     for num_images in (1, 2, 7):
-        pixels_NCHW = torch.randint(0, 256, (num_images, *model.card.image_shape), dtype=torch.uint8)
+        pixels_NCHW = torch.randint(0, 256, (num_images, *model.card.inputs.shape), dtype=torch.uint8)
         torch.testing.assert_close(program(pixels_NCHW), model(pixels_NCHW))
 
 

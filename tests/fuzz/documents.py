@@ -1,7 +1,7 @@
 """A small run whose documents are all there, made by hand: nothing is trained."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from nf_pipeline.config import RunConfig, validate_config
 from nf_pipeline.driver.run_record import open_run, plan_record
 from nf_pipeline.events import EpochDone, Note, Publishing, StageDone, StageFailed, StageSkipped, StageStarted
 from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, commit_manifest
 from nf_pipeline.storage.shards import ShardWriter, TensorSpec
@@ -93,8 +94,8 @@ def small_plan() -> Plan:
     )
     return Plan(
         model="convnet",
-        num_classes=2,
-        image_shape=(1, 4, 4),
+        target=TargetSpec(size=2),
+        inputs=InputSpec(shape=(1, 4, 4)),
         budget_bytes=1000,
         layers=layers,
         units=units,
@@ -132,11 +133,9 @@ def _commit_ingest(store: Any, layout: RunLayout, config: RunConfig) -> dict[str
             shards[split] = tuple(writer.close())
     facts = {
         "dataset": "d",
-        "num_classes": 2,
+        "inputs": asdict(InputSpec(shape=(1, 4, 4), mean=(127.5,), std=(63.75,))),
+        "target": asdict(TargetSpec(size=2)),
         "class_names": ["a", "b"],
-        "image_shape": [1, 4, 4],
-        "mean": [0.5],
-        "std": [0.25],
         "split_rows": {"train": 6, "val": 6},
         "num_skipped": 0,
         "skipped": [],
@@ -149,11 +148,12 @@ def _commit_ingest(store: Any, layout: RunLayout, config: RunConfig) -> dict[str
 
 def sample_manifest() -> dict[str, Any]:
     """A block's manifest with everything in it."""
+    validated = {"val_correct": [1, 2], "val_errors": [0.5]}
     info = {"key": "small/blocks/000/attempt-b/x", "num_bytes": 10, "checksum": "sha256:0"}
     return {
         **StageManifest(stage="block-000", fingerprint="f", attempt="b", spec=SPEC).to_json(),
         "shards": {"train": [{**info, "num_rows": 3}], "val": []},
         "weights": ObjectInfo(**info).__dict__,
         "objects": [info],
-        "facts": {"train_s": 1.0, "val_correct": [1, 2], "num_val": 3, "checkpoint": {"epoch": 1}},
+        "facts": {"train_s": 1.0, "num_val": 3, **validated, "checkpoint": {"epoch": 1}},
     }

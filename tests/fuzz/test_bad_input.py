@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from documents import RUN, SmallRun, make_run, sample_manifest, small_plan
 from test_fuzz_user_data import STRUCT, ingested, png
+from test_fuzz_weights import CARD
 
 from nf_pipeline.cli import main
 from nf_pipeline.config import resolve_config, validate_config
-from nf_pipeline.core.exits import wilson_interval
+from nf_pipeline.core.chance import wilson_interval
 from nf_pipeline.data.columns import class_names_of
 from nf_pipeline.data.labels import LabelColumn
 from nf_pipeline.data.ray_tensors import ray_tensor_of
@@ -206,10 +207,10 @@ def test_data_source_without_a_name_is_refused() -> None:
 PLAN_FAULTS = {
     "no blocks": ("blocks", []),
     "no layers": ("layers", []),
-    "text for a number": ("num_classes", "10"),
+    "text for a number": ("target", {"size": "10"}),
     "negative": ("budget_bytes", -1),
     "beyond 63 bits": ("params_full", 2**70),
-    "wrong channels": ("image_shape", [1, 0, 4]),
+    "wrong channels": ("inputs", {"shape": [1, 0, 4]}),
     "null": ("units", None),
     "unknown": ("colour", 1),
 }
@@ -265,7 +266,9 @@ def test_manifest_that_lacks_a_fact_is_damaged_not_a_key_error() -> None:
         manifest.facts["absent"]
 
 
-@pytest.mark.parametrize("facts", [{"mean": ["x"]}, {"num_val": 0}, {"image_shape": [1, 2]}, {"val_correct": [None]}])
+@pytest.mark.parametrize(
+    "facts", [{"target": {"size": 0}}, {"num_val": 0}, {"inputs": {"shape": [1, "2"]}}, {"val_correct": [None]}]
+)
 def test_manifest_with_a_fact_of_another_type_is_damaged(facts: dict[str, Any]) -> None:
     with pytest.raises(ObjectCorrupt, match=r"facts\."):
         StageManifest.from_json({**sample_manifest(), "facts": facts})
@@ -290,11 +293,14 @@ def test_publication_with_a_wrong_shard_is_an_error_that_names_it(shards: Any, r
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_classes", 2**40), ("std", [0.0]), ("image_shape", [1, 2**20, 2**20]), ("num_layers", 0)],
+    [
+        ("target", {"size": 2**40}),
+        ("inputs", {**CARD["inputs"], "std": [0.0]}),
+        ("inputs", {**CARD["inputs"], "shape": [1, 2**20, 2**20]}),
+        ("num_layers", 0),
+    ],
 )
 def test_model_card_that_asks_for_more_than_it_describes_is_damaged(field: str, value: Any) -> None:
-    from test_fuzz_weights import CARD
-
     with pytest.raises(ObjectCorrupt, match=field):
         ModelCard.from_json({**CARD, field: value}, "model.json")
 

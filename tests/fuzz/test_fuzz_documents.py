@@ -22,6 +22,7 @@ from nf_pipeline.driver.status import read_plan, read_status
 from nf_pipeline.errors import ConfigError, NFError, ObjectCorrupt, StorageError
 from nf_pipeline.model_files import EarlyExitCard, KeptExit, ModelCard, read_early_exits
 from nf_pipeline.plans import Plan
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.storage.layout import RunLayout, choice_key
 from nf_pipeline.storage.manifest import StageManifest, read_manifest, store_object, verify_manifest
 from nf_pipeline.storage.published import Announcements, Source
@@ -36,7 +37,7 @@ SHARD = MANIFEST["shards"]["train"][0]
 PUBLICATION = {"attempt": "b", "shards": {"0": SHARD, "1": {**SHARD, "num_rows": 1}}}
 CHECKPOINT = asdict(
     CheckpointRecord(
-        fingerprint="f", batch_size=4, epoch=1, key="small/blocks/000/attempt-b/c", checksum="s", val_correct=[1]
+        fingerprint="f", batch_size=4, epoch=1, key="small/blocks/000/attempt-b/c", checksum="s", val_results=["AQ=="]
     )
 )
 POINT = OperatingPoint(exits=(0,), threshold=0.5, val_accuracy=0.75, val_flops=12.5)
@@ -62,13 +63,11 @@ KEPT = KeptExit(num_layers=1, layer="conv0", head="adaptive")
 EARLY_EXITS = asdict(EarlyExitCard(exits=(KEPT,), plan=EXIT_PLAN))
 MODEL_CARD = ModelCard(
     model="convnet",
-    image_shape=(1, 8, 8),
-    num_classes=2,
+    inputs=InputSpec(shape=(1, 8, 8), mean=(127.5,), std=(63.75,)),
+    target=TargetSpec(size=2),
     class_names=("a", "b"),
     head="adaptive",
     num_layers=2,
-    mean=(0.5,),
-    std=(0.25,),
     exit_layer_idx=1,
     exit_layer="conv1",
     val_accuracy=0.5,

@@ -15,6 +15,7 @@ from nf_pipeline.core.planner import make_plan
 from nf_pipeline.driver.run import train
 from nf_pipeline.errors import ConfigError, NFError, PlanError
 from nf_pipeline.plans import Plan
+from nf_pipeline.samples import InputSpec, TargetSpec
 
 SHAPE = (1, 8, 8)
 ROWS = {"train": 100, "val": 20}
@@ -31,7 +32,9 @@ NAMES = sorted(
 
 def planned(name: str, budget: int | str = 2**30) -> Plan | NFError:
     config = validate_config({"memory": {"budget_bytes": budget}, "model": {"name": name}})
-    return documented(lambda: make_plan(config, image_shape=SHAPE, num_classes=10, split_rows=ROWS))
+    return documented(
+        lambda: make_plan(config, inputs=InputSpec(shape=SHAPE), target=TargetSpec(size=10), split_rows=ROWS)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "many_large"])
@@ -86,7 +89,9 @@ ATTRIBUTES = (
     attribute=st.one_of(st.sampled_from(ATTRIBUTES), odd_texts),
 )
 def test_fuzz_factory_name_of_any_text_is_refused(module: str, attribute: str) -> None:
-    outcome = documented(lambda: build_model(f"{module}:{attribute}", image_shape=SHAPE, num_classes=10, seed=0))
+    outcome = documented(
+        lambda: build_model(f"{module}:{attribute}", inputs=InputSpec(shape=SHAPE), num_outputs=10, seed=0)
+    )
     assert isinstance(outcome, ConfigError)
 
 
@@ -109,13 +114,13 @@ def test_fuzz_plan_for_any_budget_is_made_or_names_the_smallest(budget: int) -> 
 )
 def test_factory_that_is_a_built_in_function_is_never_called(name: str) -> None:
     with pytest.raises(ConfigError, match="built-in function"):
-        build_model(name, image_shape=SHAPE, num_classes=10, seed=0)
+        build_model(name, inputs=InputSpec(shape=SHAPE), num_outputs=10, seed=0)
 
 
 def test_factory_that_raises_is_an_error_with_type_text_and_place() -> None:
     with pytest.raises(ConfigError, match=r"ValueError: no such \(.*odd_models\.py:\d+\)$"):
         try:
-            build_model("odd_models:raises_value_error", image_shape=SHAPE, num_classes=10, seed=0)
+            build_model("odd_models:raises_value_error", inputs=InputSpec(shape=SHAPE), num_outputs=10, seed=0)
         except ConfigError as error:
             raise ConfigError(error.what) from None
 
@@ -146,7 +151,7 @@ def test_images_too_large_for_one_forward_pass_are_refused_before_it_is_made(mon
     monkeypatch.setattr("nf_pipeline.core.user_code.memory_bytes", lambda: 2**29)
     config = validate_config({"memory": {"budget_bytes": 2**40}, "model": {"name": "vgg11_bn"}})
     with pytest.raises(ConfigError, match=r"its activations take .* this machine has"):
-        make_plan(config, image_shape=(3, 2**10, 2**10), num_classes=10, split_rows=ROWS)
+        make_plan(config, inputs=InputSpec(shape=(3, 2**10, 2**10)), target=TargetSpec(size=10), split_rows=ROWS)
 
 
 def test_model_that_fails_only_while_it_is_trained_is_named_with_epoch_and_step(tmp_path: Path) -> None:

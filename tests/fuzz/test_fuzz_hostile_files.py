@@ -19,6 +19,7 @@ from test_fuzz_user_data import STRUCT, ingested, png
 from nf_pipeline.config import DataConfig, resolve_config
 from nf_pipeline.data.images import open_images
 from nf_pipeline.errors import ConfigError, DataError
+from nf_pipeline.samples import InputSpec
 
 # Folders may have names that no text encoding knows: bytes stand for themselves.
 HOSTILE_NAMES = (
@@ -128,7 +129,7 @@ def test_special_file_beside_or_as_the_data_is_explained(
         outcome = ingested(source)
         assert isinstance(outcome, list | DataError), outcome
         config = DataConfig(source=str(source), on_bad_image="skip", decode_threads=1)
-        documented(lambda config=config: list(open_images(config, (1, 6, 6))))
+        documented(lambda config=config: list(open_images(config, InputSpec(shape=(1, 6, 6)))))
 
 
 @pytest.mark.timeout(60)

@@ -16,10 +16,12 @@ from nf_pipeline.errors import ConfigError, ObjectCorrupt
 from nf_pipeline.model_files import ModelCard
 
 CARD: dict[str, Any] = {
-    "model": "convnet", "image_shape": [1, 8, 8], "num_classes": 2, "class_names": ["a", "b"], "head": "adaptive",
-    "num_layers": 2, "mean": [0.5], "std": [0.25], "exit_layer_idx": 1, "exit_layer": "conv1",
+    "model": "convnet", "class_names": ["a", "b"], "head": "adaptive",
+    "num_layers": 2, "exit_layer_idx": 1, "exit_layer": "conv1",
     "val_accuracy": 0.5, "test_accuracy": None, "params": 10, "params_full": 20, "memory_budget_bytes": 1000,
-    "weights_checksum": "sha256:0", "temperature": 1.5, "format_version": 3,
+    "weights_checksum": "sha256:0", "temperature": 1.5, "format_version": 4,
+    "inputs": {"shape": [1, 8, 8], "dtype": "uint8", "num_tokens": 0, "mean": [127.5], "std": [63.75]},
+    "target": {"kind": "class", "size": 2, "mean": [], "std": []},
 }  # fmt: skip
 GOOD_WEIGHTS = safetensors.torch.save({"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.int64)})
 
@@ -61,7 +63,8 @@ def test_fuzz_model_card_with_a_wrong_field_is_read_or_refused(document: Any) ->
     outcome = documented(lambda: ModelCard.from_json(document, "model.json"))
     assert isinstance(outcome, ModelCard | ObjectCorrupt)
     if isinstance(outcome, ModelCard):
-        assert outcome.num_classes == len(outcome.class_names) and len(outcome.image_shape) == 3
+        assert outcome.target.size == len(outcome.class_names)
+        assert len(outcome.inputs.std) in (0, outcome.inputs.shape[0])
 
 
 @fuzz("documents: models built", quick=25, thorough=400, document=spoiled(CARD))

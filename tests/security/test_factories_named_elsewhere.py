@@ -13,9 +13,10 @@ import pytest
 from nf_pipeline import load_model, resume, train
 from nf_pipeline.config import DataConfig, resolve_config
 from nf_pipeline.data.predictor import Predictor
+from nf_pipeline.driver.evaluation import evaluate
 from nf_pipeline.driver.gc import collect_garbage
 from nf_pipeline.driver.status import read_status
-from nf_pipeline.driver.use import evaluate, export, predict
+from nf_pipeline.driver.use import export, predict
 from nf_pipeline.errors import ConfigError, NFError
 
 MODULE = "network_of_somebody"

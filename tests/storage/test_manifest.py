@@ -134,7 +134,7 @@ def test_wrong_or_missing_field_is_named(manifest, path, value):
 
 
 def test_another_version_says_got_and_want(manifest):
-    with pytest.raises(ObjectCorrupt, match="format_version: got 1, want 3"):
+    with pytest.raises(ObjectCorrupt, match="format_version: got 1, want 4"):
         StageManifest.from_json({**manifest.to_json(), "format_version": 1})
 
 

@@ -76,13 +76,13 @@ def test_document_of_another_version_is_refused_with_both_versions_and_a_way_out
 ) -> None:
     store, document = open_store(str(tmp_path)), {**DOCUMENT, "format_version": 1}
     store.put("run/run.json", seal(document) if is_sealed else json.dumps(document, indent=1).encode())
-    with pytest.raises(OtherVersion, match=r"run/run\.json .*format_version: got 1, want 3") as caught:
+    with pytest.raises(OtherVersion, match=r"run/run\.json .*format_version: got 1, want 4") as caught:
         read_sealed(store, "run/run.json")
     assert "another --run name" in caught.value.fix
 
 
 def test_damaged_version_of_a_sealed_document_is_damage(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    store.put("run/run.json", seal(DOCUMENT).replace(b'"format_version": 3', b'"format_version": 4'))
+    store.put("run/run.json", seal(DOCUMENT).replace(b'"format_version": 4', b'"format_version": 5'))
     with pytest.raises(ObjectCorrupt, match="is damaged: checksum"):
         read_sealed(store, "run/run.json")

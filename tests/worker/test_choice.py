@@ -57,6 +57,13 @@ def test_choice_made_again_from_the_same_does_not_count_and_cannot_change(store:
     assert len(store.list(PREFIX)) == 1
 
 
+def test_choice_of_values_has_no_temperatures(store: Store) -> None:
+    made = commit_choice(store, PREFIX, replace(CHOICE, calibration=None, early_exits=None))
+    assert (made.choice.temperatures, find_choice(store, PREFIX, "f")) == (None, made)
+    assert CHOICE.temperatures == (2.0, 1.25)
+    assert replace(CHOICE, early_exits=None).temperatures == (1.25,)
+
+
 def test_choices_made_from_something_else_are_counted(store: Store) -> None:
     for number, fingerprint in enumerate("abc"):
         assert commit_choice(store, PREFIX, replace(CHOICE, fingerprint=fingerprint)).num_test_reads == number + 1
@@ -69,7 +76,7 @@ def test_of_choices_committed_at_once_one_counts(store: Store) -> None:
 
     def commit(chosen: int) -> None:
         barrier.wait(30)
-        made.append(commit_choice(store, PREFIX, replace(CHOICE, chosen_exit=chosen)))
+        made.append(commit_choice(store, PREFIX, replace(CHOICE, chosen_exit=chosen, early_exits=None)))
 
     threads = [threading.Thread(target=commit, args=(idx,)) for idx in range(8)]
     for thread in threads:
@@ -88,6 +95,7 @@ def test_of_choices_committed_at_once_one_counts(store: Store) -> None:
         ({"surprise": 1}, ObjectCorrupt, "surprise"),
         ({"calibration": {**asdict(CHOICE.calibration), "temperature": 0.0}}, ObjectCorrupt, "temperature"),
         ({"early_exits": {**asdict(CHOICE.early_exits), "points": []}}, ObjectCorrupt, "points"),
+        ({"chosen_exit": 0}, ObjectCorrupt, "got 2 temperatures, want those of exits 0 to 0"),
         ({"format_version": 1}, OtherVersion, "format_version"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from gang_work import (
@@ -77,6 +78,7 @@ def test_collectives_over(size):
         assert [type(total) for total in result["total"]] == [int, float, int]
         assert result["largest"] == (size - 1, 0.0)
         assert result["union"] == [sum(1 << 5 * rank for rank in ranks), 0, sum(7 << 5 * rank for rank in ranks)]
+        assert result["errors"] == [[value for rank in ranks for value in (rank, float(np.float32(0.1)))]]
         ones, powers = sum(rank + 1 for rank in ranks), sum(10**rank for rank in ranks)
         assert result["sums"] == [[ones], [ones], [powers], [powers], [powers], [ones]]
         assert result["losses"] == pytest.approx([sum(rank * (rank + 1) / 3 for rank in ranks)])

@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from nf_pipeline.core.memory import measure_peak
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.reader import BATCHES_AHEAD
 from nf_pipeline.storage.shards import ShardWriter, TensorSpec
 from nf_pipeline.storage.store import Store, open_store
-from nf_pipeline.worker.feed import DeviceBatch, Feed, _Maker, open_feed
+from nf_pipeline.worker.feed import Augmentation, DeviceBatch, Feed, _Maker, open_feed
 
 CPU = torch.device("cpu")
 
@@ -34,15 +36,74 @@ def store(tmp_path: Path) -> Store:
 
 def test_images_are_normalised_with_the_manifests_statistics(store: Store) -> None:
     pixels_NCHW = np.random.default_rng(0).integers(0, 256, (10, 2, 4, 4), dtype=np.uint8)
-    manifest = write_split(
-        store, TensorSpec("uint8", (2, 4, 4)), pixels_NCHW, {"mean": [0.5, 0.25], "std": [0.2, 0.1]}
-    )
+    inputs = InputSpec(shape=(2, 4, 4), mean=(127.0, 64.0), std=(50.0, 25.0))
+    facts = {"inputs": asdict(inputs), "target": asdict(TargetSpec(size=3))}
+    manifest = write_split(store, TensorSpec("uint8", (2, 4, 4)), pixels_NCHW, facts)
     (batch,) = open_feed(store, manifest, "train", batch_size=10, device=CPU).batches()
     x_NCHW = batch.take_x()
-    want_NCHW = (pixels_NCHW / 255 - np.array([0.5, 0.25]).reshape(2, 1, 1)) / np.array([0.2, 0.1]).reshape(2, 1, 1)
+    want_NCHW = (pixels_NCHW - np.array([127, 64]).reshape(2, 1, 1)) / np.array([50, 25]).reshape(2, 1, 1)
     assert x_NCHW.dtype == torch.float32
     np.testing.assert_allclose(x_NCHW.numpy(), want_NCHW, rtol=1e-5, atol=1e-6)
     assert batch.y_N.tolist() == [row % 3 for row in range(10)]
+
+
+def test_tokens_are_given_as_int64(store: Store) -> None:
+    tokens_NL = np.random.default_rng(0).integers(0, 70_000, (10, 6)).astype(np.int32)
+    inputs = InputSpec(shape=(6,), dtype="int32", num_tokens=70_000)
+    facts = {"inputs": asdict(inputs), "target": asdict(TargetSpec(size=3))}
+    manifest = write_split(store, TensorSpec("int32", (6,)), tokens_NL, facts)
+    (batch,) = open_feed(store, manifest, "train", batch_size=10, device=CPU).batches()
+    x_NL = batch.take_x()
+    assert x_NL.dtype == torch.int64
+    np.testing.assert_array_equal(x_NL.numpy(), tokens_NL)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("uint16", 65_535), ("int16", 32_767)])
+@pytest.mark.parametrize("kind", [None, "crop_flip"])
+def test_images_of_16_bits_are_normalised_and_moved(store: Store, dtype: str, largest: int, kind: str | None) -> None:
+    pixels_NCHW = np.full((6, 1, 8, 8), largest, dtype)
+    inputs = InputSpec(shape=(1, 8, 8), dtype=dtype, mean=(1000.0,), std=(2.0,))
+    facts = {"inputs": asdict(inputs), "target": asdict(TargetSpec(size=3))}
+    manifest = write_split(store, TensorSpec(dtype, (1, 8, 8)), pixels_NCHW, facts)
+    how = None if kind is None else Augmentation(kind=kind, seed=0)
+    (batch,) = open_feed(store, manifest, "train", batch_size=6, device=CPU, augmentation=how).batches()
+    # Borders that come in with a shift are zero as stored.
+    assert set(batch.take_x().unique().tolist()) == {(largest - 1000) / 2, *([-500.0] if kind else [])}
+
+
+def test_numbers_without_statistics_are_given_as_they_are_and_not_by_the_loaders_buffer(store: Store) -> None:
+    values_NF = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+    facts = {"inputs": asdict(InputSpec(shape=(5,), dtype="float32")), "target": asdict(TargetSpec(size=3))}
+    manifest = write_split(store, TensorSpec("float32", (5,)), values_NF, facts)
+    batches = [batch.take_x() for batch in open_feed(store, manifest, "train", batch_size=2, device=CPU).batches()]
+    np.testing.assert_array_equal(torch.cat(batches).numpy(), values_NF)
+    assert all(x_NF.untyped_storage().nbytes() == x_NF.nbytes for x_NF in batches)
+
+
+def test_values_are_standardised_for_training_and_kept_in_their_own_units_beside(store: Store) -> None:
+    target = TargetSpec(kind="values", size=2, mean=(10.0, -1.0), std=(5.0, 0.5))
+    labels_NK = np.array([[15.0, -1.0], [10.0, 0.0], [np.nan, np.nan]], np.float32)
+    spec = TensorSpec("float32", (4,), label_values=2)
+    with ShardWriter(store, lambda idx: f"s/{idx}.parquet", spec, 4096) as writer:
+        writer.append(np.zeros((3, 16), np.uint8), labels_NK, np.arange(3))
+        shards = {"train": tuple(writer.close())}
+    inputs = InputSpec(shape=(4,), dtype="float32")
+    ingest = StageManifest(
+        stage="ingest",
+        fingerprint="f",
+        attempt="a",
+        spec=spec,
+        shards=shards,
+        facts={"inputs": asdict(inputs), "target": asdict(target)},
+    )
+    block = replace(ingest, stage="block", facts={})
+    for manifest, given in ((ingest, None), (block, target)):
+        (batch,) = open_feed(store, manifest, "train", batch_size=3, device=CPU, target=given).batches()
+        assert batch.y_N.dtype == torch.float32
+        torch.testing.assert_close(
+            batch.y_N, torch.tensor([[1.0, 0.0], [0.0, 2.0], [np.nan, np.nan]]), equal_nan=True
+        )
+        np.testing.assert_array_equal(batch.labels, labels_NK)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])

@@ -5,9 +5,10 @@ from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.local_unit import build_units, even_spans
 from nf_pipeline.core.models import build_model
-from nf_pipeline.core.objectives import OBJECTIVES, CrossEntropy, UnitEnd, build_objective
+from nf_pipeline.core.objectives import OBJECTIVES, CrossEntropy, Labels, UnitEnd, build_objective
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.errors import Diverged
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.worker.loss_guard import CHECK_EVERY, LossGuard
 
 PLAIN = [CrossEntropy(), CrossEntropy()]
@@ -51,7 +52,7 @@ def test_loss_at_chance_for_many_classes_is_fine() -> None:
 
 
 def test_limit_of_a_loss_with_a_bounded_part_is_its_own() -> None:
-    end = UnitEnd(out_shape=(6, 5, 5), num_outputs=10)
+    end = UnitEnd(out_shape=(6, 5, 5), target=TargetSpec(size=10))
     objectives = [build_objective(name, end, 0) for name in ("predsim", "cross_entropy")]
     guard = LossGuard("block-000", objectives, 10, 0)
     guard.add(step(16.0, 200.0))
@@ -61,18 +62,36 @@ def test_limit_of_a_loss_with_a_bounded_part_is_its_own() -> None:
         guard.check()
 
 
+@pytest.mark.parametrize(("loss", "limit"), [("mse", 1e4), ("mae", 100.0), ("huber", 100.0)])
+def test_values_may_be_off_by_a_hundred_standard_deviations_and_no_further(loss: str, limit: float) -> None:
+    end = UnitEnd(out_shape=(6,), target=TargetSpec(kind="values", size=3))
+    objective = build_objective(loss, end, 0)
+    residuals_NK, labels = torch.full((4, 3), 99.0), Labels(y_N=torch.zeros(4, 3))
+    guard = LossGuard("block-000", [objective], 3, 0)
+    guard.add([objective.loss(residuals_NK, residuals_NK, labels)])
+    guard.check()
+    guard.add(step(1.01 * limit))
+    with pytest.raises(Diverged, match=f"limit {limit:.0f}"):
+        guard.check()
+
+
 @pytest.mark.parametrize("loss", OBJECTIVES)
 def test_training_that_explodes_is_found_whatever_it_is_for(loss: str) -> None:
     shape, train = (1, 8, 8), TrainConfig(loss=loss, unit_layers=2)
+    target = TargetSpec(kind=OBJECTIVES[loss].kind, size=10)
     generator = torch.Generator().manual_seed(0)
     x_NCHW, y_N = torch.randn(32, *shape, generator=generator), torch.randint(0, 10, (32,), generator=generator)
+    if target.kind == "values":
+        y_N = torch.randn(32, 10, generator=generator)
     guards = []
     for lr in (0.05, 50.0):
-        cut_model = cut(build_model("convnet", image_shape=shape, num_classes=10, seed=0), shape)
-        (unit,) = build_units(cut_model, "adaptive", even_spans(6, 2), 10, 0, range(1), train=train)
+        cut_model = cut(
+            build_model("convnet", inputs=InputSpec(shape=shape), num_outputs=10, seed=0), InputSpec(shape=shape)
+        )
+        (unit,) = build_units(cut_model, "adaptive", even_spans(6, 2), target, 0, range(1), train=train)
         optimizer = make_optimizer(unit.train(), train, lr)
         guard = LossGuard("block-000", [unit.objective], 10, 0)
-        for _ in range(3):
+        for _ in range(12):
             guard.add(train_step([unit], [optimizer], x_NCHW, y_N, "fp32"))
         guards.append(guard)
     guards[0].check()

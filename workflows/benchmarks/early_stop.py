@@ -25,6 +25,7 @@ from measuring import add_run_options, make_parser, report, run_script
 from nf_pipeline import RunConfig, resume, train
 from nf_pipeline.config import ExitsConfig
 from nf_pipeline.core.early_stop import reason_to_stop
+from nf_pipeline.core.hits import Hits
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import read_manifest
 from nf_pipeline.storage.store import open_store
@@ -150,8 +151,8 @@ def _choice(summary: dict[str, Any]) -> Choice:
 
 
 def _stops_after(facts: Sequence[dict[str, Any]], patience: int) -> int:
-    counts = [block["val_correct"] for block in facts]
-    found = (stop for stop in range(1, len(facts)) if reason_to_stop(counts[:stop], facts[0]["num_val"], patience))
+    blocks = [[Hits.from_text(text, block["num_val"]) for text in block["val_hits"]] for block in facts]
+    found = (stop for stop in range(1, len(facts)) if reason_to_stop(blocks[:stop], patience))
     return next(found, len(facts))
 
 

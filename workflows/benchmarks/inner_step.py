@@ -31,6 +31,7 @@ from nf_pipeline.core.layers import CutModel, cut
 from nf_pipeline.core.local_unit import LocalUnit
 from nf_pipeline.core.models import build_model
 from nf_pipeline.core.train_step import forward_block, make_optimizer, resolve_device, train_step
+from nf_pipeline.samples import InputSpec
 
 NUM_CLASSES = 10
 IMAGE_SHAPE = (3, 32, 32)
@@ -291,7 +292,10 @@ def scenes(arguments: argparse.Namespace) -> Iterator[Scene]:
 
 
 def _cut(model: str) -> CutModel:
-    return cut(build_model(model, image_shape=IMAGE_SHAPE, num_classes=NUM_CLASSES, seed=0), IMAGE_SHAPE)
+    return cut(
+        build_model(model, inputs=InputSpec(shape=IMAGE_SHAPE), num_outputs=NUM_CLASSES, seed=0),
+        InputSpec(shape=IMAGE_SHAPE),
+    )
 
 
 def _trainer(

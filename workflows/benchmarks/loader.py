@@ -46,6 +46,7 @@ from nf_pipeline.core.models import build_model
 from nf_pipeline.data.ingest import ingest
 from nf_pipeline.errors import NFError
 from nf_pipeline.gang import Gang
+from nf_pipeline.samples import inputs_of, target_of
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.reader import BATCHES_AHEAD, PREFETCH_THREADS, ShardReader
 from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
@@ -135,9 +136,9 @@ def make_rows(config: RunConfig, folder: str, num_rows: int, num_layers: int) ->
     for _ in ingest(store, layout, config, "a"):
         pass
     manifest = read_ingest(store, layout)
-    shape, num_classes = manifest.spec.shape, manifest.facts["num_classes"]
-    model = build_model(MODEL, image_shape=shape, num_classes=num_classes, seed=0)
-    layers = cut(model, shape).layers[:num_layers]  # in training mode: normalised by the batch's own statistics
+    inputs, target = inputs_of(manifest.facts), target_of(manifest.facts)
+    model = build_model(MODEL, inputs=inputs, num_outputs=target.size, seed=0)
+    layers = cut(model, inputs).layers[:num_layers]  # in training mode: normalised by the batch's own statistics
     parts, labels = [], []
     feed = open_feed(store, manifest, "train", batch_size=BATCH, device=torch.device("cpu"))
     with torch.no_grad():
