@@ -97,6 +97,10 @@ class ModelCard:
         self.target.check()
         if len(self.class_names) != (self.target.num_classes or 0):
             raise ValueError(f"target: got {self.target.size} outputs, and {len(self.class_names)} class names")
+        if self.target.kind == "class" and (self.target.size < 2 or self.target.mean):
+            raise ValueError(f"target: got {self.target.size} classes with {len(self.target.mean)} means")
+        if len(self.target.mean) != self.target.label_values:
+            raise ValueError(f"target: got {len(self.target.mean)} means of {self.target.label_values} values")
         if math.prod(self.inputs.shape) > _MAX_NUMBERS or self.num_layers < 1:
             raise ValueError(f"inputs, num_layers: got {list(self.inputs.shape)}, {self.num_layers}")
         if (self.temperature is None) != (self.target.kind == "values"):

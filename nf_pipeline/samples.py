@@ -77,6 +77,11 @@ class TargetSpec:
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @property
+    def label_values(self) -> int:
+        """Values in the label of a sample; 0 where it is a class."""
+        return self.size if self.kind == "values" else 0
+
+    @property
     def num_classes(self) -> int | None:
         """The number of classes; None where values are predicted."""
         return self.size if self.kind == "class" else None

@@ -73,7 +73,8 @@ def plan_text(plan: Plan, placement: Mapping[str, Any]) -> str:
 
 
 def _predicted(target: TargetSpec) -> str:
-    return f"{target.size} {'classes' if target.kind == 'class' else 'values'}"
+    one, several = ("class", "classes") if target.kind == "class" else ("value", "values")
+    return f"{target.size} {one if target.size == 1 else several}"
 
 
 def _candidates(plan: Plan) -> list[str]:

@@ -55,7 +55,8 @@ def suggest_model(inputs: InputSpec, num_train: int) -> str:
         kind = "tokens" if inputs.num_tokens else "numbers"
         raise ConfigError(
             f"--model: none is the default for samples of shape {inputs.shape}, {kind}",
-            "name your own: --model package.module:factory",
+            "name your own: --model package.module:factory"
+            + ("; whole numbers that are quantities: convert the column to float32" if inputs.num_tokens else ""),
         )
     if not inputs.is_image or min(inputs.shape[1:]) < 32 or num_train < 1000:
         return "convnet"

@@ -28,6 +28,8 @@ def choice_optimism(candidates: Sequence[ExitCandidate], rule: ExitRule, seed: i
         rule: by which the exit is chosen.
         seed: of the resamples.
     """
+    # One that gave what is no number is never chosen; without the sample that shows it, it would be.
+    candidates = [one for one in candidates if one.results.is_finite] or candidates
     results, sizes = [one.results for one in candidates], [one.size for one in candidates]
     kind, found = type(results[0]), 0.0
     for drawn in islice(kind.resamples(results, sizes, np.random.default_rng(seed)), NUM_RESAMPLES):

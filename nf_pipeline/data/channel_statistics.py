@@ -31,7 +31,7 @@ def new_statistics(inputs: InputSpec) -> Statistics | None:
     if inputs.num_tokens:
         return None
     channels = inputs.shape[0]
-    if inputs.dtype == "uint8":
+    if inputs.dtype == "uint8" and inputs.is_image:  # few channels
         return ChannelStatistics(channels)
     return FloatStatistics(channels) if inputs.dtype == "float32" else WholeStatistics(channels)
 
@@ -68,7 +68,7 @@ class ChannelStatistics:
 
 
 class WholeStatistics:
-    """Sums 16-bit numbers and their squares, as whole numbers without bounds.
+    """Sums numbers of 8 or 16 bits and their squares, as whole numbers without bounds.
 
     Args:
         channels: C.
@@ -80,7 +80,7 @@ class WholeStatistics:
         self._squares = [0] * channels
 
     def add(self, samples: np.ndarray) -> None:
-        """Counts uint16 or int16 [N, C, ...]; fewer than 2**31 numbers of a channel at once."""
+        """Counts uint8, uint16 or int16 [N, C, ...]; fewer than 2**31 numbers of a channel at once."""
         wide_NCX = samples.reshape(*samples.shape[:2], -1).astype(np.int64)
         self._count += wide_NCX.shape[0] * wide_NCX.shape[2]
         self._sums = _added(self._sums, wide_NCX.sum(axis=(0, 2)))

@@ -72,6 +72,16 @@ def find_image_column(schema: pa.Schema, given: str | None, file: str, label: st
     return best[0]
 
 
+def check_apart(image: str, label: str, file: str) -> None:
+    """Refuses one column as both the samples and their labels: a network would be asked what it was told.
+
+    Raises:
+        DataError: names it.
+    """
+    if image == label:
+        raise DataError(f"{file}: column {image!r} has the labels, and no other column holds samples", _FIX_IMAGE)
+
+
 def likeliest_images(ranks: Mapping[str, int | None], label: str | None = None) -> list[str]:
     """Returns the columns that are images most surely: of the best rank, and of those the ones with an image's name.
 

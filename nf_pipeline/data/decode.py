@@ -286,7 +286,7 @@ def _mismatch(where: str, got: tuple[int, ...], inputs: InputSpec) -> DataError:
     want = inputs.shape
     if len(got) != 3 or len(want) != 3 or inputs.dtype != "uint8":
         return DataError(
-            f"{where}: its shape is {got}, the first one's {want}", "give all the same shape: pad them, or cut them"
+            f"{where}: its shape is {got}, want {want}", "give all the same shape: pad them, or cut them"
         )
     if got[0] != want[0]:
         return DataError(

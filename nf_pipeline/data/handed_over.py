@@ -24,7 +24,14 @@ import pyarrow.parquet as pq
 
 from nf_pipeline.config import DataConfig, RunConfig
 from nf_pipeline.data.base import SPLITS, Split, StoredImage, Undecodable, Unusable
-from nf_pipeline.data.columns import find_image_column, find_label_column, image_cells, is_text, num_axes_of_values
+from nf_pipeline.data.columns import (
+    check_apart,
+    find_image_column,
+    find_label_column,
+    image_cells,
+    is_text,
+    num_axes_of_values,
+)
 from nf_pipeline.data.files import first_line
 from nf_pipeline.data.labels import value_lists
 from nf_pipeline.data.skipped import SkippedImages
@@ -252,6 +259,7 @@ class _Columns:
         """Finds the columns in a batch and decides what is stored of them."""
         image = find_image_column(schema, data.image_column, where, data.label_column)
         label = find_label_column(schema, data.label_column, where)
+        check_apart(image, label, where)
         kept = {key: text for key, text in (schema.metadata or {}).items() if key == _HUGGINGFACE}
         fields = [
             pa.field(image, pa.large_binary()),
@@ -355,7 +363,7 @@ def _rows(batch: pa.RecordBatch, columns: _Columns, where: str) -> Iterator[tupl
 def _stored(
     image: StoredImage, columns: _Columns, where: str, data: DataConfig, skipped: SkippedImages
 ) -> bytes | None:
-    """Returns an encoded image or a tensor's bytes; None stands for one that ingest will skip and count."""
+    """Returns an encoded image or a tensor's bytes; None stands for one that ingest will skip and count, as null."""
     try:
         return columns.stored(image, data)
     except Undecodable as error:

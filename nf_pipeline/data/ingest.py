@@ -92,8 +92,7 @@ def ingest(store: Store, layout: RunLayout, cfg: RunConfig, attempt: str) -> Ite
     yield StageStarted(stage=STAGE, attempt=attempt, worker=worker_name())
     job = survey(cfg)
     written = _Written(new_statistics(job.inputs), FloatStatistics(job.target.size))
-    label_values = job.target.size if job.target.kind == "values" else 0
-    spec = TensorSpec(job.inputs.dtype, job.inputs.shape, label_values=label_values)
+    spec = TensorSpec(job.inputs.dtype, job.inputs.shape, label_values=job.target.label_values)
     yield from _write(store, layout, job, spec, attempt, written)
     _check_written(job, written)
     if job.skipped.num_images:

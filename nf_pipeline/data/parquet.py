@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from nf_pipeline.data.base import SPLITS, Column, RawImage, Split
 from nf_pipeline.data.columns import (
+    check_apart,
     class_names_of,
     find_image_column,
     find_label_column,
@@ -184,6 +185,7 @@ class ParquetSource:
 
     def _read_labels(self, footer: _Footer) -> LabelColumn:
         name = self._label_name(footer)
+        check_apart(self._image_columns[footer.file.name], name, footer.file.name)
         as_dictionary = [name] if is_text(footer.schema.field(name).type) else None
         with self._files.errors_named(footer.file), self._files.open(footer.file) as stream:
             reader = pq.ParquetFile(stream, read_dictionary=as_dictionary)

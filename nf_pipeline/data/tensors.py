@@ -102,6 +102,6 @@ def _tokens(tensor: np.ndarray, num_tokens: int) -> np.ndarray:
     if wrong.any():
         raise DataError(
             f"token {tensor[wrong].flat[0]}, want 0 to {num_tokens - 1}",
-            "correct or remove the row, or convert the column to float32 if its numbers are quantities",
+            "correct or remove the row, or train with a larger data.num_tokens; quantities are trained on as float32",
         )
     return tensor.astype(np.int32, copy=False)

@@ -12,6 +12,8 @@ from nf_pipeline.config import RunConfig
 from nf_pipeline.core.planner import make_plan
 from nf_pipeline.data.survey import survey
 from nf_pipeline.driver.blocks import memory_of
+from nf_pipeline.dtypes import ITEM_BYTES
+from nf_pipeline.errors import ConfigError
 from nf_pipeline.executors import open_executor
 from nf_pipeline.executors.base import WorkerClass
 from nf_pipeline.plans import Plan
@@ -94,6 +96,9 @@ def preview(config: RunConfig) -> Preview:
     """
     workers = _worker_classes(config)
     surveyed = survey(config)
+    if surveyed.inputs.num_tokens and config.data.num_tokens is None:
+        what = f"{surveyed.source.name} holds tokens, and plan reads one sample, not the largest token of all"
+        raise ConfigError(what, "--set data.num_tokens=N, one more than the largest")
     plan = make_plan(
         config,
         inputs=surveyed.inputs,
@@ -102,8 +107,8 @@ def preview(config: RunConfig) -> Preview:
         is_exhaustive=True,
         worker_memory_bytes=[w.memory_bytes for w in workers if w.memory_bytes is not None],
     )
-    rows = surveyed.split_rows["train"] + surveyed.split_rows["val"]
-    image_bytes = rows * math.prod(surveyed.inputs.shape)
+    rows, inputs = surveyed.split_rows["train"] + surveyed.split_rows["val"], surveyed.inputs
+    image_bytes = rows * math.prod(inputs.shape) * ITEM_BYTES[inputs.dtype]
     return Preview(config=config, plan=plan, workers=workers, image_bytes=image_bytes)
 
 

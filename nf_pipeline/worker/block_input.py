@@ -34,9 +34,12 @@ COMMIT_TIMEOUT_S = 3600.0
 def activation_spec(task: BlockTask, block_idx: int) -> TensorSpec:
     """Returns type and shape of what a block stores per sample."""
     storage, block = task.config.storage, task.plan.blocks[block_idx]
-    shape, target = task.plan.layers[block.layers[1] - 1].out_shape, task.plan.target
-    label_values = target.size if target.kind == "values" else 0
-    return TensorSpec(dtype=storage.dtype, shape=tuple(shape), codec=storage.codec, label_values=label_values)
+    return TensorSpec(
+        dtype=storage.dtype,
+        shape=tuple(task.plan.layers[block.layers[1] - 1].out_shape),
+        codec=storage.codec,
+        label_values=task.plan.target.label_values,
+    )
 
 
 class BlockInput:

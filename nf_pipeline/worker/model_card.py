@@ -63,7 +63,9 @@ class _Measured:
 
 
 def _outputs(card: ModelCard) -> str:
-    return "classes" if card.target.kind == "class" else "values"
+    if card.target.kind == "class":
+        return "classes"
+    return "value" if card.target.size == 1 else "values"
 
 
 def _use(card: ModelCard) -> str:

@@ -189,3 +189,12 @@ def test_optimism_is_what_the_best_of_many_equal_errors_gains_by_luck():
         estimated.append(choice_optimism(exits, BEST))
     assert np.mean(gained) > 0.1
     assert np.mean(estimated) == pytest.approx(np.mean(gained), rel=0.4)
+
+
+def test_optimism_leaves_out_an_exit_that_gave_what_is_no_number():
+    errors_EN = np.random.default_rng(3).exponential(0.3, (2, 400))
+    errors_EN[0, 7] = np.inf
+    exits = exits_of(errors_EN, params=[1, 2])
+    rule = ExitRule(tolerance=50.0, confidence=0.95)
+    assert choose_exit(exits, 50.0, 0.95).index == 1
+    assert abs(choice_optimism(exits, rule)) < 1.0

@@ -6,10 +6,13 @@ import pyarrow.parquet as pq
 import pytest
 from image_sets import encode, make_config
 
+from nf_pipeline.data.channel_statistics import new_statistics
 from nf_pipeline.data.held_out import decode_labels
 from nf_pipeline.data.images import open_images, open_labelled
 from nf_pipeline.data.ingest import ingest
-from nf_pipeline.errors import DataError
+from nf_pipeline.data.survey import survey
+from nf_pipeline.driver.preview import preview
+from nf_pipeline.errors import ConfigError, DataError
 from nf_pipeline.samples import InputSpec, TargetSpec, inputs_of, target_of
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import read_manifest, read_object
@@ -311,7 +314,7 @@ def test_bad_tensor_ends_the_run_or_is_skipped(tmp_path, rows, reason):
             {},
             r"row 9.*its shape is \(2,\).*\(4,\)",
         ),
-        (numbers("float32", (60, 4)), cells({9: [0.0]}), {}, r"row 9.*its shape is \(1,\), the first one's \(4,\)"),
+        (numbers("float32", (60, 4)), cells({9: [0.0]}), {}, r"row 9.*its shape is \(1,\), want \(4,\)"),
         (numbers("int64", (60, 2, 3)), lists, {}, r"row \d.*int64 of shape \(2, 3\) would be tokens"),
         (numbers("float32", (60, 4)), lists, {"image_size": 8}, "data.image_size is 8, and it is a tensor"),
         (numbers("float32", (60, 4)), lists, {"num_tokens": 8}, "data.num_tokens is 8, and the numbers are float32"),
@@ -369,3 +372,34 @@ def test_small_file_with_many_repeated_values_is_refused(tmp_path):
 
     with pytest.raises(DataError, match=r"would take .* in memory, want at most 1000 times its size"):
         run_ingest(tmp_path)
+
+
+def test_labels_are_never_taken_for_the_samples(tmp_path):
+    columns = {"first": pa.array([0.5] * 20), "target": pa.array([[1.0, 2.0]] * 20)}
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "in" / "set.parquet")
+    with pytest.raises(DataError, match=r"set.parquet: column 'target' has the labels"):
+        run_ingest(tmp_path)
+
+
+def test_plan_of_tokens_asks_for_their_number_that_only_reading_all_would_tell(tmp_path):
+    write_set(tmp_path / "in" / "set.parquet", RANDOM.integers(0, 50, (40, 6)).astype(np.int32), [0, 1] * 20)
+    with pytest.raises(ConfigError, match=r"data\.num_tokens"):
+        preview(make_config(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(("dtype", "item_bytes"), [("float32", 4), ("int16", 2)])
+def test_plan_counts_the_bytes_of_samples_by_their_type(tmp_path, dtype, item_bytes):
+    write_set(tmp_path / "in" / "set.parquet", RANDOM.normal(0, 9, (60, 2, 8)).astype(dtype), [0, 1] * 30)
+    previewed = preview(make_config(tmp_path / "in"))
+    rows = survey(previewed.config).split_rows
+    assert previewed.image_bytes == (rows["train"] + rows["val"]) * 2 * 8 * item_bytes
+
+
+def test_many_uint8_features_have_the_statistics_of_their_own(tmp_path):
+    array = RANDOM.integers(0, 256, (60, 300)).astype(np.uint8)
+    inputs = InputSpec(shape=(300,), dtype="uint8")
+    found = new_statistics(inputs)
+    found.add(array)
+    np.testing.assert_allclose(found.mean(), array.mean(axis=0))
+    np.testing.assert_allclose(found.std(), array.std(axis=0))

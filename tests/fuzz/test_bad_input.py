@@ -267,7 +267,14 @@ def test_manifest_that_lacks_a_fact_is_damaged_not_a_key_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "facts", [{"target": {"size": 0}}, {"num_val": 0}, {"inputs": {"shape": [1, "2"]}}, {"val_correct": [None]}]
+    "facts",
+    [
+        {"target": {"size": 0}},
+        {"num_val": 0},
+        {"val_errors": [0.5]},
+        {"inputs": {"shape": [1, "2"]}},
+        {"val_correct": [None]},
+    ],
 )
 def test_manifest_with_a_fact_of_another_type_is_damaged(facts: dict[str, Any]) -> None:
     with pytest.raises(ObjectCorrupt, match=r"facts\."):
@@ -295,6 +302,8 @@ def test_publication_with_a_wrong_shard_is_an_error_that_names_it(shards: Any, r
     ("field", "value"),
     [
         ("target", {"size": 2**40}),
+        ("target", {**CARD["target"], "kind": "values"}),
+        ("target", {**CARD["target"], "mean": [0.0, 0.0], "std": [1.0, 1.0]}),
         ("inputs", {**CARD["inputs"], "std": [0.0]}),
         ("inputs", {**CARD["inputs"], "shape": [1, 2**20, 2**20]}),
         ("num_layers", 0),
