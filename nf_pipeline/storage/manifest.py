@@ -368,13 +368,13 @@ def _check_counts(facts: dict[str, Any]) -> None:
     """
     if facts.keys().isdisjoint(("val_correct", "val_errors", "num_val")):
         return  # not of a block
-    if not facts.get("num_val"):
-        raise ValueError("num_val: missing")
+    counts, num_val = facts.get("val_correct", []), facts.get("num_val", 0)
     if errors := facts.get("val_errors"):
-        if not all(0 <= error < math.inf for error in errors):
-            raise ValueError(f"val_errors: got {errors[:5]}, want numbers of 0 and more")
+        if not (num_val and all(0 <= error < math.inf for error in errors)):
+            raise ValueError(
+                f"val_errors, num_val: got {errors[:5]} of {num_val} samples, want numbers of 0 and more"
+            )
         return
-    counts, num_val = facts.get("val_correct", []), facts["num_val"]
     if not counts or not 0 <= min(counts) <= max(counts) <= num_val:
         raise ValueError(
             f"val_correct, num_val: got {counts[:5]} of {num_val}, want a count of 0 to num_val per exit"
