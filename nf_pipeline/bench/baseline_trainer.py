@@ -26,6 +26,7 @@ from nf_pipeline.bench.task import Task
 from nf_pipeline.config import fingerprint_of
 from nf_pipeline.core.hits import Hits
 from nf_pipeline.core.memory import measure_peak
+from nf_pipeline.core.mixup import draw_mix
 from nf_pipeline.core.profiler import count_params
 from nf_pipeline.core.results import Results
 from nf_pipeline.core.train_step import make_optimizer
@@ -242,10 +243,16 @@ class _Trainer:
             set_learning_rate(self._optimizers, self._config, epoch * steps + step, steps, self._peak_lr)
             with self._metered(number):
                 batch.track(self._meter)
-                parts = {"num_parts": num_parts, "ends_step": part == num_parts - 1}
-                precision = self._method.precision
-                # take_x: no name here may keep the images alive while a later unit trains.
-                now = baseline_step(self._units, self._optimizers, batch.take_x(), batch.y_N, precision, **parts)
+                now = baseline_step(
+                    self._units,
+                    self._optimizers,
+                    batch.take_x,
+                    batch.y_N,
+                    self._method.precision,
+                    num_parts=num_parts,
+                    ends_step=part == num_parts - 1,
+                    mix=draw_mix(self._config.mixup, len(batch.y_N), self._device),
+                )
             losses.append(now[-1])
             num_images += len(batch.y_N)
         if isinstance(batches, Generator):

@@ -11,6 +11,9 @@ from typing import Literal
 from nf_pipeline.bench.methods import REFERENCE
 from nf_pipeline.bench.settings import BenchSettings
 
+_NO_LETTERS = re.compile(r"[^A-Za-z0-9_]+")
+_PLUS_OF_EXPONENT = re.compile(r"(?<=\de)\+(?=\d)")  # 1e+3 and 1e-3 are not to be one name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -40,7 +43,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Names its files; learning rate and limit follow from other cells and are left out."""
-        model, method = (re.sub(r"[^A-Za-z0-9_]+", "-", name) for name in (self.model, self.method))
+        model, method = (_NO_LETTERS.sub("-", _PLUS_OF_EXPONENT.sub("", name)) for name in (self.model, self.method))
         if not method:
             return f"{self.kind}-{model}"
         seed = f"-seed{self.seed}" if self.kind == "train" else ""

@@ -1,8 +1,8 @@
 """What the planner's choice costs beside the best baseline: the question of a budget in one line.
 
 Baselines train their whole schedule, the pipeline that of every block, unless deeper exits stop to improve; what
-either is worth is in the other tables. A baseline that was given up is no candidate: backpropagation is. The
-precision is the same: bf16 is open to every method. Pure. Entry: `compare_choices`.
+either is worth is in the other tables. A baseline that was given up is no candidate: backpropagation is. Precision
+and settings are the same: bf16, and settings of its own, are open to every method. Pure. Entry: `compare_choices`.
 """
 
 import statistics
@@ -59,7 +59,7 @@ def _fastest(here: Sequence[Document]) -> tuple[str | None, dict[int, Document]]
     by_method: dict[str, dict[int, Document]] = {}
     for document in here:
         method = method_named(document["cell"]["method"])
-        if method.family != "pipeline" and method.precision == "fp32":
+        if method.family != "pipeline" and method.precision == "fp32" and not method.changes:
             by_method.setdefault(document["cell"]["method"], {})[document["cell"]["seed"]] = document
     if not by_method:
         return None, {}

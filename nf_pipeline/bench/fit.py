@@ -18,6 +18,7 @@ from nf_pipeline.bench.methods import REFERENCE_BATCH, Method
 from nf_pipeline.bench.task import Task
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.memory import measure_peak
+from nf_pipeline.core.mixup import any_mix
 from nf_pipeline.core.train_step import forward_block, make_optimizer
 from nf_pipeline.worker.evaluate import set_training
 from nf_pipeline.worker.runtime import cap_device_memory
@@ -102,11 +103,12 @@ class FitProbe:
                 baseline_step(
                     self._units,
                     self._optimizers,
-                    self._images(size),
+                    lambda: self._images(size),
                     torch.zeros(size, dtype=torch.int64, device=self._device),
                     self._method.precision,
                     num_parts=num_parts,
                     ends_step=part % num_parts == num_parts - 1,
+                    mix=any_mix(self._task.config.train.mixup, size, self._device),
                 )
 
     def _validate(self, size: int) -> None:

@@ -21,12 +21,13 @@ def search_group(method: Method, batch_size: int | None) -> str:
         batch_size: samples per optimiser step; None where a plan decides, which shares nothing.
 
     Returns:
-        Its name; "" for a search of its own.
+        Its name; "" for a search of its own. Methods with settings of their own share with others of the same.
     """
     if batch_size is None:
         return ""
     low = 1 << (batch_size.bit_length() - 1)
-    return f"{method.family}, batch {low} to {2 * low - 1}"
+    own = "".join(f", {name}={value}" for name, value in sorted(method.changes.items()))
+    return f"{method.family}, batch {low} to {2 * low - 1}{own}"
 
 
 def epochs_for(seconds: float, epoch_s: float, max_epochs: int) -> int:

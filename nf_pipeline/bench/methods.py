@@ -1,10 +1,12 @@
 """The ways to train that are compared: one table, name -> method.
 
-A pipeline's name may be followed by settings of its own, as in "nf+train.unit_layers=3+train.head=linear". Knows
-nothing of torch. Entry: `method_named`.
+A name may be followed by settings of its own, as in "nf+train.unit_layers=3+train.head=linear" or
+"bp+train.label_smoothing=0.1": the pipeline takes all of its settings, baselines those of `BASELINE_SETTINGS`. Knows
+nothing of torch. Entries: `method_named`, `shared_settings`.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,7 +21,21 @@ REFERENCE = "bp"
 NEEDS_CLUSTER = "nf-pipelined"
 """One of the default methods where there is a cluster to run it on."""
 
+BASELINE_SETTINGS: Mapping[str, Sequence[str]] = {
+    "train.label_smoothing": (),
+    "train.mixup": (),
+    "train.loss": ("auto", "cross_entropy"),
+    "train.momentum": (),
+    "train.weight_decay": (),
+    "train.warmup_epochs": (),
+}
+"""What baselines train with just as the pipeline does, and with which values, where not with all. Everything else is
+the benchmark's own, or means nothing to backpropagation, and is refused."""
+
 Precision = Literal["fp32", "bf16"]
+
+# A "+" may be part of a value, as in 1e+3: what begins a setting is followed by section.field=.
+_BEGIN = re.compile(r"\+(?=[a-z_]+\.[a-z_]+=)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +49,7 @@ class Method:
         checkpointing: keep what enters each segment of layers and compute the rest again.
         micro_batch: accumulate gradients up to `REFERENCE_BATCH` over batches that fit.
         precision: of forward and backward passes.
-        changes: of the pipeline's configuration, by dotted field.
+        changes: of the configuration, by dotted field.
     """
 
     title: str
@@ -68,19 +84,51 @@ def method_named(name: str) -> Method:
     """Looks a method up, and changes its settings where its name says so.
 
     Raises:
-        ConfigError: there is none of that name, or it has no settings.
+        ConfigError: there is none of that name, or it does not take such a setting.
     """
-    base, *settings = name.split("+")
-    if base not in METHODS:
+    known, plus, rest = name.partition("+")
+    if known not in METHODS:
         raise ConfigError(f"--methods {name}: unknown method", f"one or more of {','.join(METHODS)}")
-    method = METHODS[base]
+    base, *settings = _BEGIN.split(name)
+    if base != known or not all(setting.partition("=")[2] for setting in settings):
+        raise ConfigError(f"--methods {name}: got {plus}{rest} behind {known}", f"{known}+section.field=value")
+    method = METHODS[known]
     if not settings:
         return method
-    if method.family != "pipeline" or not all(setting.partition("=")[2] for setting in settings):
-        raise ConfigError(f"--methods {name}: got {'+'.join(settings)} for {base}", "nf+section.field=value")
     changes = dict(setting.split("=", 1) for setting in settings)
-    shown = ", ".join(setting.partition(".")[2] or setting for setting in settings)
+    if method.family != "pipeline":
+        _check_baseline(changes, f"--methods {name}")
+    shown = ", ".join(setting.partition(".")[2] for setting in settings)
     return replace(method, title=f"{method.title}, {shown}", changes={**method.changes, **changes})
+
+
+def shared_settings(assignments: Iterable[str]) -> dict[str, str]:
+    """Returns the settings that all methods are to train with, by dotted field.
+
+    Args:
+        assignments: "section.field=value".
+
+    Raises:
+        ConfigError: one is no assignment, or baselines do not take it.
+    """
+    changes = {}
+    for assignment in assignments:
+        name, _, value = (part.strip() for part in assignment.partition("="))
+        _check_baseline({name: value}, f"--set {assignment}")
+        changes[name] = value
+    return changes
+
+
+def _check_baseline(changes: Mapping[str, str], where: str) -> None:
+    """Refuses what a baseline would ignore: its numbers would be taken for those of another training."""
+    for name, value in changes.items():
+        wanted = BASELINE_SETTINGS.get(name)
+        if wanted is None:
+            fix = f"one of {', '.join(BASELINE_SETTINGS)}; others only behind nf, as in nf+{name}=..."
+            raise ConfigError(f"{where}: backpropagation and DGL do not take {name}", fix)
+        if not value or (wanted and value not in wanted):
+            fix = f"{name}={' or '.join(wanted) or 'VALUE'}"
+            raise ConfigError(f"{where}: got {value!r}, which backpropagation and DGL do not train with", fix)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

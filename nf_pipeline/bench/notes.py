@@ -39,11 +39,17 @@ def explain(document: dict[str, Any]) -> list[str]:
         f"augmentation {settings['augment']}, {settings['epochs']} epochs (the pipeline: per block), batches of "
         f"{settings['max_batch']} at most, {settings['num_seeds']} seeds, interleaved; medians, smallest and largest "
         "in brackets.",
+        *_shared_note(settings),
         _SECONDS,
         _search_note(settings),
         _limit_note(settings),
         _BYTES,
     ]
+
+
+def _shared_note(settings: dict[str, Any]) -> list[str]:
+    shared = settings["assignments"]
+    return [f"All methods train with {', '.join(shared)}."] if shared else []
 
 
 def _search_note(settings: dict[str, Any]) -> str:

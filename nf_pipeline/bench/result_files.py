@@ -38,7 +38,8 @@ class ResultFiles:
             ConfigError: they were not.
         """
         wanted = json.loads(json.dumps({"device_name": device, **settings.fixed()}))
-        found = self._read("settings.json") or wanted
+        before = json.loads(json.dumps(BenchSettings().fixed()))  # of results that are older than some settings
+        found = {**before, **(self._read("settings.json") or wanted)}
         differing = [name for name, value in wanted.items() if found.get(name) != value]
         if differing and self.has_cells():
             name = differing[0]

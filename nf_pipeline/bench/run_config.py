@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nf_pipeline.bench.cells import Cell
-from nf_pipeline.bench.methods import method_named
+from nf_pipeline.bench.methods import method_named, shared_settings
 from nf_pipeline.bench.settings import BenchSettings
 from nf_pipeline.config import RunConfig, resolve_config
 
@@ -22,6 +22,9 @@ def config_for(settings: BenchSettings, cell: Cell, store: Path, *, epochs: int 
         cell: its method may be none; then only the images are meant.
         store: folder of the run.
         epochs: None takes those of the settings.
+
+    Raises:
+        ConfigError: a setting cannot be used.
     """
     flags: dict[str, Any] = {
         "run": RUN,
@@ -41,6 +44,7 @@ def config_for(settings: BenchSettings, cell: Cell, store: Path, *, epochs: int 
         "cluster.address": settings.address,
         "cluster.num_threads": settings.num_threads,
     }
+    flags |= shared_settings(settings.assignments)
     if cell.method:
         method = method_named(cell.method)
         flags["train.precision"] = method.precision

@@ -24,6 +24,7 @@ class BenchSettings:
         max_train_images: stratified subset of the train split; None takes all.
         val_fraction: part of the train split that becomes the validation split, where the data brings none.
         augment: as `train.augment`.
+        assignments: "section.field=value", for every method; see `nf_pipeline.bench.methods.shared_settings`.
         device: "cpu" or "cuda".
         num_threads: CPU threads of every method.
         max_batch: batches never grow beyond this.
@@ -44,6 +45,7 @@ class BenchSettings:
     max_train_images: int | None = None
     val_fraction: float = 0.1
     augment: str = "none"
+    assignments: tuple[str, ...] = ()
     device: str = "cpu"
     num_threads: int = 1
     max_batch: int = 128

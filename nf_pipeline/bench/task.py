@@ -3,21 +3,22 @@
 Entry: `Task`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nf_pipeline.bench.methods import Method
 from nf_pipeline.config import RunConfig
-from nf_pipeline.core.heads import build_head, head_site
 from nf_pipeline.core.layers import CutModel, cut
-from nf_pipeline.core.local_unit import LocalUnit
+from nf_pipeline.core.local_unit import LocalUnit, build_units, even_spans
 from nf_pipeline.core.models import build_model
+from nf_pipeline.core.sample_changes import check_changes
 from nf_pipeline.core.train_step import resolve_device
 from nf_pipeline.samples import InputSpec, TargetSpec, inputs_of, target_of
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.store import Store
+
+_DGL_HEAD = "classic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +66,16 @@ class Task:
         return cut(model, self.inputs)
 
     def units(self, method: Method, segment_layers: int = 0) -> list[LocalUnit]:
-        """Returns the network as one unit, which is plain backpropagation, or as a unit per layer for DGL."""
-        return (_one_unit if method.family == "backprop" else _unit_per_layer)(self, segment_layers)
+        """Returns the network as one unit, which is plain backpropagation, or as a unit per layer for DGL.
 
+        They are the pipeline's own, and train for the same loss, labels smoothed alike.
 
-def _one_unit(task: Task, segment_layers: int) -> list[LocalUnit]:
-    cut_model = task.cut_model()
-    return [LocalUnit(cut_model.layers, cut_model.tail, segment_layers)]
-
-
-def _unit_per_layer(task: Task, _segment_layers: int) -> list[LocalUnit]:
-    cut_model, num_outputs, seed = task.cut_model(), task.target.size, task.config.train.seed
-    sites = [head_site(cut_model.out_shapes, position, num_outputs) for position in range(len(cut_model.layers) - 1)]
-    heads = [build_head("classic", site, seed + position) for position, site in enumerate(sites)]
-    return _joined(cut_model.layers, [*heads, cut_model.tail])
-
-
-def _joined(layers: Sequence[torch.nn.Module], heads: Sequence[torch.nn.Module]) -> list[LocalUnit]:
-    return [LocalUnit([layer], head) for layer, head in zip(layers, heads, strict=True)]
+        Raises:
+            ConfigError: samples cannot be changed as the configuration says.
+        """
+        train, cut_model = self.config.train, self.cut_model()
+        check_changes(train, self.inputs)
+        num_layers = len(cut_model.layers)
+        unit_layers = num_layers if method.family == "backprop" else 1
+        spans = even_spans(num_layers, unit_layers, segment_layers)
+        return build_units(cut_model, _DGL_HEAD, spans, self.target, train.seed, train=train)

@@ -41,7 +41,9 @@ class _Listed(click.ParamType):
     type=_Listed(),
     metavar="NAME,...",
     help="Of nf, nf-layer, nf-block, nf-pipelined, bp, bp-ckpt, bp-micro, bp-both, bp-bf16, dgl.  [default: all but "
-    "nf-layer and nf-block; nf-pipelined only with --address]  Those of nf take settings: nf+train.unit_layers=3.",
+    "nf-layer and nf-block; nf-pipelined only with --address]  A name takes settings of its own: "
+    "nf+train.unit_layers=3, bp+train.label_smoothing=0.1. Baselines take train.label_smoothing, mixup, loss (auto "
+    "or cross_entropy), momentum, weight_decay and warmup_epochs, and refuse what they would ignore.",
 )
 @click.option(
     "--budgets",
@@ -64,6 +66,13 @@ class _Listed(click.ParamType):
     default="none",
     show_default=True,
     help="Of images.",
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="SECTION.FIELD=VALUE",
+    help="Train all methods with a setting that baselines take, such as train.mixup=0.2; may be repeated.",
 )
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to train."

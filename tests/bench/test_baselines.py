@@ -1,18 +1,26 @@
 """Baselines stay within the budget they were given, and go on where another process ended."""
 
 import dataclasses
+import json
 
 import pytest
+import torch
+from torch.nn import functional
 
+from nf_pipeline.bench.baseline_state import BaselineState
+from nf_pipeline.bench.baseline_step import baseline_step
 from nf_pipeline.bench.baseline_trainer import Limit, measure_epoch, smaller, train_baseline
 from nf_pipeline.bench.cells import Cell
 from nf_pipeline.bench.deadline import Deadline
-from nf_pipeline.bench.fit import Fit, batch_sizes, fit_budgets, fit_method, largest_that_fits
+from nf_pipeline.bench.fit import Fit, FitProbe, batch_sizes, fit_budgets, fit_method, largest_that_fits
 from nf_pipeline.bench.images import bytes_per_pass, ingest_images, open_images, share_images
-from nf_pipeline.bench.methods import METHODS
+from nf_pipeline.bench.methods import METHODS, method_named
+from nf_pipeline.bench.pipeline_runner import run_pipeline
 from nf_pipeline.bench.run_config import config_for
 from nf_pipeline.bench.settings import BenchSettings
 from nf_pipeline.bench.task import Task
+from nf_pipeline.core.mixup import Mix
+from nf_pipeline.errors import ConfigError
 
 MIB = 2**20
 SETTINGS = BenchSettings(max_train_images=300, epochs=2)
@@ -37,14 +45,19 @@ def make_task(images):
 
 
 def train(task, name, folder, deadline=None, **options):
-    method = METHODS[name]
+    method = method_named(name)
     fit = fit_method(task, method)
     return fit, train_baseline(
         task, method, fit, folder=folder, deadline=deadline or Deadline(None), tell=lambda text: None, **options
     )
 
 
-@pytest.mark.parametrize("name", ["bp", "bp-ckpt", "bp-micro", "bp-both", "bp-bf16", "dgl"])
+REGULARISED = "+train.label_smoothing=0.1+train.mixup=0.4"
+
+
+@pytest.mark.parametrize(
+    "name", ["bp", "bp-ckpt", "bp-micro", "bp-both", "bp-bf16", "dgl", f"bp{REGULARISED}", f"bp-both{REGULARISED}"]
+)
 def test_baseline_stays_within_its_budget_and_needs_what_was_predicted(name, make_task, tmp_path):
     budget = 12 * MIB if name == "dgl" else 5 * MIB
     fit, result = train(make_task(name, budget, epochs=1), name, tmp_path)
@@ -53,6 +66,100 @@ def test_baseline_stays_within_its_budget_and_needs_what_was_predicted(name, mak
     assert result["measured_peak_bytes"] <= budget
     assert result["measured_peak_bytes"] == pytest.approx(fit.predicted_peak_bytes, rel=0.1)
     assert len(result["curve"]) == 1 and 0.0 <= result["test_accuracy"] <= 1.0
+
+
+def changes_of_a_step(task, name, x_NCHW, y_N, mix=None):
+    """Returns the loss, and by how much each weight moves, in a step of rate 1 that is not accumulated to."""
+    method = method_named(name)
+    units = [unit.train() for unit in task.units(method)]
+    before = [weight.detach().clone() for unit in units for weight in unit.parameters()]
+    optimizers = [torch.optim.SGD(unit.parameters(), lr=1.0) for unit in units]
+    parts = {"num_parts": 4 if method.micro_batch else 1, "ends_step": True}
+    losses = baseline_step(units, optimizers, x_NCHW.clone, y_N, method.precision, mix=mix, **parts)
+    after = [weight.detach() for unit in units for weight in unit.parameters()]
+    moved = [parts["num_parts"] * (old - new) for old, new in zip(before, after, strict=True)]
+    return torch.stack(losses), moved
+
+
+def gradients_of(task, x_NCHW, loss_of):
+    """The same by autograd alone."""
+    (unit,) = [unit.train() for unit in task.units(METHODS["bp"])]
+    loss = loss_of(unit(x_NCHW)[1])
+    return loss.detach(), torch.autograd.grad(loss, list(unit.parameters()))
+
+
+@pytest.fixture
+def batch(make_task):
+    generator = torch.Generator().manual_seed(0)
+    inputs = make_task("bp", MIB).inputs
+    return torch.randn(8, *inputs.shape, generator=generator), torch.randint(10, (8,), generator=generator)
+
+
+@pytest.mark.parametrize("base", ["bp", "bp-micro"])
+def test_baselines_labels_are_smoothed_as_units_labels_are(base, make_task, batch):
+    task, (x_NCHW, y_N) = make_task(f"{base}+train.label_smoothing=0.3", MIB), batch
+    loss, moved = changes_of_a_step(task, base, x_NCHW, y_N)
+    wanted, gradients = gradients_of(
+        task, x_NCHW, lambda logits_NK: functional.cross_entropy(logits_NK, y_N, label_smoothing=0.3)
+    )
+    torch.testing.assert_close(loss[0], wanted)
+    torch.testing.assert_close(moved, list(gradients), rtol=1e-3, atol=1e-5)
+    plain, _ = changes_of_a_step(make_task(base, MIB), base, x_NCHW, y_N)
+    assert abs(plain[0] - wanted) > 1e-3
+
+
+@pytest.mark.parametrize("base", ["bp", "bp-micro"])
+def test_baselines_samples_are_mixed_in_pairs_labels_too(base, make_task, batch):
+    task, (x_NCHW, y_N) = make_task(base, MIB), batch
+    mix = Mix(order_N=torch.arange(8).flip(0), share=0.7)
+    loss, moved = changes_of_a_step(task, base, x_NCHW, y_N, mix)
+    wanted, gradients = gradients_of(
+        task,
+        0.7 * x_NCHW + 0.3 * x_NCHW.flip(0),
+        lambda logits_NK: (
+            0.7 * functional.cross_entropy(logits_NK, y_N) + 0.3 * functional.cross_entropy(logits_NK, y_N.flip(0))
+        ),
+    )
+    torch.testing.assert_close(loss[0], wanted)
+    torch.testing.assert_close(moved, list(gradients), rtol=1e-3, atol=1e-5)
+
+
+def test_heads_of_dgl_smooth_labels_too(make_task, batch):
+    smoothed, _ = changes_of_a_step(make_task("dgl+train.label_smoothing=0.9", MIB), "dgl", *batch)
+    plain, _ = changes_of_a_step(make_task("dgl", MIB), "dgl", *batch)
+    assert len(plain) > 1 and bool((smoothed != plain).all())
+
+
+@pytest.mark.parametrize("name", ["bp", "bp-ckpt", "bp-micro", "dgl"])
+def test_mixing_is_priced(name, make_task):
+    plain, mixed = (
+        FitProbe(make_task(name + suffix, MIB), METHODS[name]).peak_bytes(64) for suffix in ("", "+train.mixup=0.2")
+    )
+    assert plain < mixed
+
+
+def test_backpropagation_and_a_pipeline_of_one_unit_regularise_alike(make_task, images, tmp_path):
+    budget, name = 14 * MIB, f"nf+train.unit_layers=1000{REGULARISED}"
+    fit, result = train(make_task(f"bp{REGULARISED}", budget), f"bp{REGULARISED}", tmp_path / "bp")
+    cell = Cell(kind="train", model="convnet", method=name, budget_bytes=budget)
+    share_images(images, tmp_path / "nf")
+    config = config_for(SETTINGS, cell, tmp_path / "nf")
+    own = run_pipeline(config, deadline=Deadline(None), tell=lambda text: None)
+    assert own["batch_sizes"] == result["batch_sizes"] == [fit.batch_size] == [128]
+    epochs = zip(own["curve"], result["curve"], strict=False)  # ours has another point where the run ends
+    assert all(accuracy == other for (_, accuracy), (_, other) in epochs)
+    events = (tmp_path / "nf" / "bench" / "events.jsonl").read_text().splitlines()
+    losses = [event["losses"] for event in map(json.loads, events) if "losses" in event]
+    assert losses[-1] == pytest.approx([BaselineState(tmp_path / "bp").load().loss], rel=1e-5)
+
+
+def test_baseline_that_cannot_mix_its_samples_is_refused(make_task, monkeypatch):
+    task = make_task("bp+train.mixup=0.2", MIB)
+    tokens = dataclasses.replace(task.inputs, num_tokens=5)
+    monkeypatch.setattr(Task, "inputs", tokens)
+    monkeypatch.setattr(Task, "cut_model", lambda task: None)
+    with pytest.raises(ConfigError, match="mixup"):
+        task.units(METHODS["bp"])
 
 
 def test_savings_allow_larger_batches(make_task):

@@ -1,13 +1,16 @@
 """What the finished cells amount to, side by side, and how that reads."""
 
 import dataclasses
+import json
 
 import pytest
 
 from nf_pipeline.bench.cells import Cell, training_cells
+from nf_pipeline.bench.result_files import ResultFiles
 from nf_pipeline.bench.results import make_document
 from nf_pipeline.bench.settings import BenchSettings
 from nf_pipeline.bench.tables import render_results
+from nf_pipeline.errors import ConfigError
 
 MIB = 2**20
 MACHINE = {"device": "D", "cpu": "D", "cores": 2, "python": "3", "torch": "2", "nf_pipeline": "0"}
@@ -111,6 +114,7 @@ def test_choice_is_compared_with_the_shortest_whole_schedule_of_the_same_precisi
         trained("bp", MIB, [(10.0, 0.5)]),
         trained("bp-micro", MIB, [(8.0, 0.5)]),
         trained("bp-bf16", MIB, [(4.0, 0.5)]),
+        trained("bp+train.mixup=0.2", MIB, [(3.0, 0.5)]),
         {**trained("bp-ckpt", MIB, [(1.0, 0.1)]), "status": "given up"},
         trained("nf", MIB, [(10.0, 0.5)]),
     ]
@@ -151,7 +155,12 @@ def test_bytes_that_nobody_measured_are_a_dash_and_not_nothing(document):
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"), [({"give_up": 2.0}, "2 times"), ({"search_seconds": 0.0}, "at the default")]
+    ("changes", "text"),
+    [
+        ({"give_up": 2.0}, "2 times"),
+        ({"search_seconds": 0.0}, "at the default"),
+        ({"assignments": ("train.mixup=0.2",)}, "All methods train with train.mixup=0.2."),
+    ],
 )
 def test_report_says_how_methods_were_tuned_and_limited(changes, text):
     settings = dataclasses.replace(SETTINGS, **changes)
@@ -162,6 +171,18 @@ def test_every_table_of_the_report_is_rectangular(document):
     tables = [part.splitlines() for part in render_results(document).split("\n\n") if part.startswith("|")]
     assert len(tables) >= 3
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
+
+
+def test_results_of_before_there_was_a_setting_go_on_with_its_default_alone(tmp_path):
+    files = ResultFiles(tmp_path)
+    files.open(SETTINGS, "D")
+    stored = json.loads((tmp_path / "settings.json").read_text())
+    del stored["assignments"]
+    files.write_text("settings.json", json.dumps(stored))
+    files.finish(Cell(kind="facts", model="convnet"), {"status": "done"}, tmp_path / "work")
+    files.open(SETTINGS, "D")
+    with pytest.raises(ConfigError, match=r"assignments \[\], not \['train.mixup=0.2'\]"):
+        files.open(dataclasses.replace(SETTINGS, assignments=("train.mixup=0.2",)), "D")
 
 
 def test_results_name_the_data_and_not_where_it_lies(document):

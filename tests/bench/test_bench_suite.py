@@ -109,6 +109,9 @@ def test_bench_without_time_for_a_cell_ends_well_and_says_how_to_go_on(tmp_path,
     [
         ({"methods": ("bq",)}, "bq: unknown method"),
         ({"methods": ("nf+train.unit_layer=3",)}, "did you mean train.unit_layers"),
+        ({"methods": ("bp+train.head=linear",)}, "--methods bp.train.head=linear: .* do not take train.head"),
+        ({"methods": ("nf",), "assignments": ("train.loss=predsim",)}, "--set train.loss=predsim"),
+        ({"methods": ("bp+train.label_smoothing=2",)}, "train.label_smoothing"),
         ({"methods": ()}, "--methods"),
         ({"methods": ("bp",), "models": ()}, "--models"),
         ({"methods": ("bp",), "val_fraction": 2.0}, "val_fraction"),
@@ -118,6 +121,12 @@ def test_bench_refuses_settings_before_it_measures_anything(settings, text, tmp_
     with pytest.raises(ConfigError, match=text):
         run_suite(BenchSettings(**settings), tmp_path / "results", tmp_path / "work")
     assert not (tmp_path / "results").exists()
+
+
+def test_bench_command_takes_settings_for_all_methods(tmp_path, capsys):
+    code = main(["bench", "--methods", "bp", "--set", "train.head=linear", "--output", str(tmp_path / "results")])
+    assert code == EXIT_CONFIG
+    assert "--set train.head=linear" in capsys.readouterr().err
 
 
 def test_bench_ends_with_the_cells_own_error_about_the_data(tmp_path, capfd):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from nf_pipeline.bench.lr_search import best_rate, epochs_for, next_rate, search_group
-from nf_pipeline.bench.methods import METHODS
+from nf_pipeline.bench.methods import METHODS, method_named
 
 
 def searched(score, max_tries, start=0.05):
@@ -41,6 +41,17 @@ def test_baselines_that_take_the_same_steps_share_a_search(name):
 def test_other_losses_have_a_search_of_their_own():
     assert search_group(METHODS["dgl"], 16) != search_group(METHODS["bp"], 16)
     assert search_group(METHODS["nf"], None) == ""
+
+
+def test_baselines_with_settings_of_their_own_share_with_each_other_alone():
+    names = [
+        "bp+train.mixup=0.2+train.loss=auto",
+        "bp-ckpt+train.loss=auto+train.mixup=0.2",
+        "bp+train.mixup=0.3",
+        "bp",
+    ]
+    groups = [search_group(method_named(name), 28) for name in names]
+    assert groups[0] == groups[1] and len(set(groups)) == 3
 
 
 @pytest.mark.parametrize(("epoch_s", "epochs"), [(0.0, 5), (0.1, 5), (1.6, 3), (2.4, 2), (9.0, 1), (math.inf, 1)])
