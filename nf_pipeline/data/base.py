@@ -33,7 +33,7 @@ class Undecodable(Exception):
 
 StoredImage = bytes | np.ndarray | Image.Image | Unusable
 """An encoded file, uint8 pixels of shape [H, W] or [H, W, C] with C of 1, 3 or 4, what Pillow opened, or a tensor: an
-array of another type or rank, channels first."""
+array of another type, rank or number of channels, channels first."""
 
 ImageCell = StoredImage | Callable[[], StoredImage]
 """A callable is fetched by the thread that decodes it, so that slow disks are read in parallel."""

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from nf_pipeline.data.base import StoredImage, Unusable
 from nf_pipeline.data.ray_tensors import RayTensor, ray_tensor_of
-from nf_pipeline.data.tensors import holds_numbers, is_image
+from nf_pipeline.data.tensors import CHANNELS, holds_numbers, is_image
 from nf_pipeline.errors import DataError
 from nf_pipeline.storage.shards import spec_of_field
 
@@ -32,7 +32,6 @@ IMAGE_NAMES = (
     "observation",
 )
 
-_CHANNELS = (1, 3, 4)
 _SHOWN_COLUMNS = 20
 _FIX_IMAGE = "name the image column: --set data.image_column=NAME, or --image-column NAME where the command has it"
 _FIX_LABEL = "name the label column: --set data.label_column=NAME, or --label-column NAME where the command has it"
@@ -215,9 +214,13 @@ def _raw_tensors(array: pa.Array, form: "_Form") -> Iterator[StoredImage]:
             yield Unusable("it is null")
             continue
         tensor = np.frombuffer(data, form.dtype).reshape(form.shape)
-        # Such columns are written by this package, channels first: (3, H, 3) is no [H, W, C] there.
-        channels_first = is_image(tensor) and tensor.ndim == 3 and form.shape[0] in _CHANNELS
-        yield tensor.transpose(1, 2, 0) if channels_first else pixels_of(tensor)
+        # Such columns are written by this package, channels first: (3, H, 3) is no [H, W, C] there, nor is (9, H, 3).
+        if _has_channels_first(tensor):
+            yield tensor.transpose(1, 2, 0)
+        elif is_image(tensor) and tensor.ndim == 3:
+            yield Unusable(f"uint8 of shape {form.shape}, channels first, would be taken for pixels")
+        else:
+            yield pixels_of(tensor)
 
 
 def _shaped_tensors(array: pa.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Iterator[StoredImage]:
@@ -253,25 +256,23 @@ def _nested_list(array: pa.Array) -> StoredImage:
         shape.append(distinct[0])
         array = array.flatten()
     if array.null_count or 0 in shape:
-        return Unusable("it has a null inside" if array.null_count else "it has no pixels")
+        return Unusable("it has a null inside" if array.null_count else "it is empty")
     return pixels_of(array.to_numpy().reshape(shape))
 
 
 def pixels_of(tensor: np.ndarray) -> StoredImage:
     """Returns a uint8 tensor of shape [H, W], [H, W, C] or [C, H, W] as [H, W] or [H, W, C].
 
-    Where both fit, the last axis holds the channels. Any other uint8 tensor with three axes is an `Unusable`. Other
-    types and ranks are no images: they stay as they are.
+    Where both fit, the last axis holds the channels. Other types, ranks and numbers of channels are no images: they
+    stay as they are. What has no numbers at all is an `Unusable`.
     """
     if 0 in tensor.shape:
-        return Unusable("it has no pixels")
-    if not is_image(tensor):
-        return tensor
-    if tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[2] in _CHANNELS):
-        return tensor
-    if tensor.ndim == 3 and tensor.shape[0] in _CHANNELS:
-        return tensor.transpose(1, 2, 0)
-    return Unusable(f"shape {tuple(tensor.shape)}, want (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4")
+        return Unusable("it is empty")
+    return tensor.transpose(1, 2, 0) if not is_image(tensor) and _has_channels_first(tensor) else tensor
+
+
+def _has_channels_first(tensor: np.ndarray) -> bool:
+    return tensor.dtype == np.uint8 and tensor.ndim == 3 and tensor.shape[0] in CHANNELS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -284,7 +284,8 @@ def _reason(error: BaseException) -> str:
 
 def _mismatch(where: str, got: tuple[int, ...], inputs: InputSpec) -> DataError:
     want = inputs.shape
-    if len(got) != 3 or len(want) != 3 or inputs.dtype != "uint8":
+    are_images = all(len(shape) == 3 and shape[0] in (1, 3) for shape in (got, want))
+    if not are_images or inputs.dtype != "uint8":
         return DataError(
             f"{where}: its shape is {got}, want {want}", "give all the same shape: pad them, or cut them"
         )

@@ -300,12 +300,12 @@ class _Columns:
         if kind != self.holds:
             raise DataError(f"it is one of the {kind}, and the first one was of the {self.holds}", "give one kind")
         if kind == "tensors":
-            return self._tensor(np.asarray(image), data.num_tokens)
+            return self._tensor(np.asarray(image), data)
         return image if isinstance(image, bytes) else _ppm(np.asarray(image))
 
-    def _tensor(self, tensor: np.ndarray, num_tokens: int | None) -> bytes:
+    def _tensor(self, tensor: np.ndarray, data: DataConfig) -> bytes:
         if self.tensors is None:
-            self.tensors = tensor_inputs(tensor, num_tokens)
+            self.tensors = tensor_inputs(tensor, data.num_tokens)
             spec = TensorSpec(self.tensors.dtype, self.tensors.shape)
             self.schema = self.schema.set(0, tensor_field(spec).with_name(self.image).with_nullable(True))
         if tensor.shape != self.tensors.shape:
@@ -313,7 +313,9 @@ class _Columns:
                 f"its shape is {tensor.shape}, the first one's {self.tensors.shape}",
                 "give all the same shape: pad them, or cut them",
             )
-        return np.ascontiguousarray(stored_tensor(tensor, self.tensors)).tobytes()
+        # A tensor with NaN that is to be skipped is left to ingest, which counts it and says why.
+        stored = stored_tensor(tensor, self.tensors, with_nan=data.on_bad_image == "skip")
+        return np.ascontiguousarray(stored).tobytes()
 
 
 def _label_type(field: pa.Field) -> pa.DataType:

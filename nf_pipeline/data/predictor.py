@@ -129,7 +129,7 @@ class Predictor:
         Args:
             batch: column -> numpy array of N rows; the images are uint8 arrays [N, H, W] or [N, H, W, C] (or an
                 object array of such images of any size), encoded files as bytes, or {bytes, path}; tensors are arrays
-                [N, *shape] of other types or ranks.
+                [N, *shape] of other types, ranks or numbers of channels.
 
         Raises:
             ConfigError: it is no numpy batch, or has a column with the name of a result.

@@ -1,4 +1,4 @@
-"""What happens to images that cannot be decoded: the run ends, or they are counted and listed.
+"""What happens to images and tensors that cannot be read: the run ends, or they are counted and listed.
 
 Entry: `SkippedImages`.
 """
@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 
 
 class SkippedImages:
-    """Counts and lists images that are left out.
+    """Counts and lists images, or tensors, that are left out.
 
     Args:
         policy: "error" refuses the first one.
@@ -34,14 +34,14 @@ class SkippedImages:
 
         Args:
             where: names file, row and column.
-            reason: why it cannot be decoded.
+            reason: why it cannot be read.
 
         Raises:
             DataError: the policy is "error".
         """
         if self._policy == "error":
             raise DataError(
-                f"{where}: the image cannot be decoded: {reason}",
+                f"{where}: the sample cannot be read: {reason}",
                 "replace or remove it, or --on-bad-image skip",
             )
 
@@ -56,5 +56,5 @@ class SkippedImages:
     def summary(self) -> str:
         """Returns one line: how many, and the first of them."""
         if not self.listed:
-            return "no image was skipped"
-        return f"{self.num_images} images skipped that cannot be decoded, the first: {self.listed[0]}"
+            return "no sample was skipped"
+        return f"{self.num_images} samples skipped that cannot be read, the first: {self.listed[0]}"

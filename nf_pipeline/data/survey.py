@@ -95,7 +95,7 @@ def _first_inputs(source: Source, wanted: np.ndarray, data: DataConfig, skipped:
         except DataError as error:
             raise DataError(f"{source.where('train', row, 'image')}: {error.what}", error.fix) from None
     raise DataError(
-        f"{source.name}: split train is empty: none of its {int(wanted.sum())} images can be decoded",
+        f"{source.name}: split train is empty: none of its {int(wanted.sum())} samples can be read",
         "replace the data set",
     )
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nf_pipeline.data.classes import read_labels
+from nf_pipeline.data.classes import Labels, read_labels
 from nf_pipeline.errors import DataError
 
 
@@ -59,3 +59,18 @@ def test_unusable_labels_are_refused_with_their_place(source, text):
     with pytest.raises(DataError, match=text) as caught:
         read_labels(source)
     assert "Fix:" in str(caught.value)
+
+
+def test_groups_of_values_are_one_for_all_rows_and_made_once():
+    labels = Labels(by_split={"train": np.zeros((3, 2), np.float32)}, class_names=())
+
+    assert labels.num_strata == 1
+    assert labels.strata["train"].tolist() == [0, 0, 0]
+    assert labels.strata is labels.strata
+
+
+def test_groups_of_classes_are_the_classes():
+    labels = Labels(by_split={"train": np.array([1, 0])}, class_names=("a", "b"))
+
+    assert labels.num_strata == 2
+    assert labels.strata["train"].tolist() == [1, 0]

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pyarrow as pa
@@ -6,6 +7,7 @@ import pytest
 
 from nf_pipeline.data.base import Unusable
 from nf_pipeline.data.columns import class_names_of, find_image_column, find_label_column, image_cells
+from nf_pipeline.data.tensors import is_image
 from nf_pipeline.errors import DataError
 from nf_pipeline.storage.shards import TensorSpec, shard_schema
 
@@ -198,10 +200,28 @@ def test_our_own_shards_are_read_as_images():
     np.testing.assert_array_equal(cells(pa.array([chw.tobytes()], field.type), field)[0], HWC)
 
 
-def test_tensors_with_five_channels_are_unusable():
-    (cell,) = cells(pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((1, 6, 6, 5), np.uint8)))
+@pytest.mark.parametrize("shape", [(5, 6, 6), (6, 6, 5), (2, 4, 7), (16, 1, 5), (7, 2, 2)], ids=str)
+def test_bytes_that_cannot_be_pixels_are_tensors_as_they_are(shape):
+    tensor = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    cell, _ = cells(pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([tensor, tensor])))
 
-    assert cell.reason.startswith("shape (6, 6, 5), want")
+    np.testing.assert_array_equal(cell, tensor)
+    assert not is_image(cell)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 5), (1, 6, 5), (4, 9, 9), (5, 6, 3), (3, 3, 3), (6, 5)], ids=str)
+def test_bytes_that_can_be_pixels_are_pixels(shape):
+    (cell,) = cells(pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((1, *shape), np.uint8)))
+
+    assert is_image(cell)
+
+
+@pytest.mark.parametrize("shape", [(9, 5, 3), (16, 4, 4)], ids=str)
+def test_our_own_shards_of_many_channels_are_never_taken_for_pixels(shape):
+    field = shard_schema(TensorSpec("uint8", shape)).field("tensor")
+    (cell,) = cells(pa.array([bytes(math.prod(shape))], field.type), field)
+
+    assert cell == Unusable(f"uint8 of shape {shape}, channels first, would be taken for pixels")
 
 
 def test_class_names_come_from_hugging_face_metadata():

@@ -19,10 +19,12 @@ from nf_pipeline.data.base import Unusable
 from nf_pipeline.data.classes import read_labels
 from nf_pipeline.data.decode import decode_image
 from nf_pipeline.data.handed_over import drop_dataset, settle_dataset, with_dataset
+from nf_pipeline.data.ingest import ingest
 from nf_pipeline.data.sources import open_source
 from nf_pipeline.errors import ConfigError, DataError, StorageError
 from nf_pipeline.events import Note
 from nf_pipeline.storage.layout import RunLayout
+from nf_pipeline.storage.manifest import read_manifest
 from nf_pipeline.storage.store import open_store
 
 COLOURED = [np.random.default_rng(row).integers(0, 256, (5, 7, 3), np.uint8) for row in range(6)]
@@ -114,6 +116,14 @@ def test_tensors_arrive_with_their_numbers_and_values(handing, labels, want):
     assert got == want
 
 
+def test_bytes_of_many_channels_arrive_as_tensors(handing):
+    values = np.random.default_rng(0).integers(0, 256, (3, 5, 8, 6), np.uint8)
+
+    handing.hand(tensors_of(values, pa.array([0, 1, 0])))
+
+    np.testing.assert_array_equal(np.stack(samples_of(handing.source())[0]), values)
+
+
 def test_tokens_arrive_as_tokens(handing):
     handing.hand(
         pa.table({"tokens": pa.array([[1, 2], [3, 4], [5, 2**31 - 2]], pa.list_(pa.int64())), "label": [0, 1, 0]})
@@ -127,7 +137,7 @@ def test_tokens_arrive_as_tokens(handing):
 @pytest.mark.parametrize(
     ("column", "text"),
     [
-        (pa.array([[1.0, 2.0], [np.nan, 0.0]]), "row 1, column 'input': the image cannot be decoded: it holds NaN"),
+        (pa.array([[1.0, 2.0], [np.nan, 0.0]]), "row 1, column 'input': the sample cannot be read: it holds NaN"),
         (pa.array([[1.0, 2.0], [0.0]]), r"row 1, column 'input': its shape is \(1,\), the first one's \(2,\)"),
         (pa.array([[1, 2], [-1, 0]]), "row 1, column 'input': token -1, want 0 to"),
         (pa.array([[[1, 2]], [[3, 4]]]), r"row 0, column 'input': int64 of shape \(1, 2\) would be tokens"),
@@ -148,13 +158,21 @@ def test_images_and_tensors_are_not_mixed(handing, order):
         list(handed_over._tables(batches, handing.config.data, "x"))
 
 
-def test_skipped_tensor_stays_a_row_that_ingest_counts(tmp_path):
+def test_skipped_tensor_stays_a_row_that_ingest_counts_with_its_reason(tmp_path):
     handing = Handing(tmp_path / "runs", **{"data.on_bad_image": "skip"})
-    handing.hand(pa.table({"input": pa.array([None, [1.0, 2.0], [np.nan, 0.0]]), "label": [0.5, 1.5, 2.5]}))
+    rows = [[float(row), 0.5] for row in range(20)]
+    rows[3], rows[5], rows[7] = [np.nan, 0.5], None, [1e300, 0.5]
+    handing.hand(pa.table({"input": pa.array(rows, pa.list_(pa.float64())), "label": np.arange(20.0)}))
 
     cells, labels = samples_of(handing.source())
-    assert [isinstance(cell, Unusable) for cell in cells] == [True, False, True]
-    assert labels == [[0.5], [1.5], [2.5]]
+    assert [row for row, cell in enumerate(cells) if isinstance(cell, Unusable)] == [5]
+    assert labels == [[float(row)] for row in range(20)]
+    list(ingest(handing.store, handing.layout, handing.config, "00000001"))
+    skipped = read_manifest(handing.store, handing.layout.ingest_manifest).facts["skipped"]
+    reasons = {line.partition("row ")[2].partition(",")[0]: line for line in skipped}
+    assert sorted(reasons) == ["3", "5", "7"]
+    assert reasons["5"].endswith("it is null")
+    assert all("it holds NaN, or numbers that are infinite" in reasons[row] for row in ("3", "7"))
 
 
 def test_pyarrow_dataset_of_several_files_arrives_whole_and_keeps_no_other_column(handing, tmp_path):
@@ -487,7 +505,7 @@ def test_images_read_and_changed_by_ray_arrive(handing, ray_data, tmp_path):
         (None, "dataset given as train: it has no rows"),
         ({"image": np.zeros((4, 4), bool), "label": 0}, "no column holds images; it has 'image' .*dtype=bool"),
         ({"image": np.zeros((4, 4), np.uint8), "kind": 0}, "no label column"),
-        ({"image": np.zeros((2, 4, 7), np.uint8), "label": 0}, r"shape \(2, 4, 7\), want \(H, W\)"),
+        ({"image": np.zeros((7, 4, 2), np.uint8), "label": 0}, r"uint8 of shape \(7, 4, 2\): .* could be last"),
         ({"image": Image.fromarray(GREY[0]), "label": 0}, "no column holds images; it has .*pickled"),
     ],
     ids=["no-rows", "bool-images", "no-label", "shape", "objects"],

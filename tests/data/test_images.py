@@ -55,7 +55,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path):
     (tmp_path / "secret.png").write_bytes(encode(pixels_of(1)))
     (tmp_path / "in/a.png").symlink_to(tmp_path / "secret.png")
 
-    with pytest.raises(DataError, match=r"a.png: the image cannot be decoded: it is a link that leads out"):
+    with pytest.raises(DataError, match=r"a.png: the sample cannot be read: it is a link that leads out"):
         opened(tmp_path / "in")
 
 

@@ -144,9 +144,7 @@ def test_an_undecodable_image_is_refused_with_file_row_and_column(tmp_path):
     cells[17] = b"no image"
     write_parquet(tmp_path / "in/train-00001.parquet", cells, [row % 3 for row in range(30)])
 
-    with pytest.raises(
-        DataError, match=r"train-00001.parquet, row 17, column 'image': .*cannot be decoded"
-    ) as caught:
+    with pytest.raises(DataError, match=r"train-00001.parquet, row 17, column 'image': .*cannot be read") as caught:
         run_ingest(tmp_path, make_config(tmp_path / "in"))
     assert "--on-bad-image skip" in str(caught.value)
     assert read_manifest(open_store(str(tmp_path / "store")), LAYOUT.ingest_manifest) is None
@@ -173,7 +171,7 @@ def test_skipping_counts_and_lists_what_it_left_out(tmp_path):
         "a.parquet, row 17, column 'image'",
     ]
     (note,) = [event for event in events if isinstance(event, Note)]
-    assert note.level == "warning" and note.text.startswith("2 images skipped")
+    assert note.level == "warning" and note.text.startswith("2 samples skipped")
     assert {0, 17}.isdisjoint(rows_of(store, manifest, "train")[2].tolist())
 
 
@@ -181,14 +179,14 @@ def test_skipping_all_images_of_a_class_is_an_error(tmp_path):
     cells = [b"junk" if row % 3 == 2 else image for row, image in enumerate(images(60))]
     write_parquet(tmp_path / "in/a.parquet", cells, [row % 3 for row in range(60)])
 
-    with pytest.raises(DataError, match=r"class 2 \('2'\) has no image left in split train: 20 images skipped"):
+    with pytest.raises(DataError, match=r"class 2 \('2'\) has no image left in split train: 20 samples skipped"):
         run_ingest(tmp_path, make_config(tmp_path / "in", on_bad_image="skip"))
 
 
 def test_skipping_every_image_is_an_empty_split(tmp_path):
     write_parquet(tmp_path / "in/a.parquet", [b"junk"] * 20, [0, 1] * 10)
 
-    with pytest.raises(DataError, match="split train is empty: none of its 16 images can be decoded"):
+    with pytest.raises(DataError, match="split train is empty: none of its 16 samples can be read"):
         run_ingest(tmp_path, make_config(tmp_path / "in", on_bad_image="skip"))
 
 
@@ -196,7 +194,7 @@ def test_skipping_all_of_a_test_split_is_an_empty_split(tmp_path):
     write_parquet(tmp_path / "in/train.parquet", images(20), [0, 1] * 10)
     write_parquet(tmp_path / "in/test.parquet", [b"junk"] * 4, [0, 1] * 2)
 
-    with pytest.raises(DataError, match="split test is empty: 4 images skipped"):
+    with pytest.raises(DataError, match="split test is empty: 4 samples skipped"):
         run_ingest(tmp_path, make_config(tmp_path / "in", on_bad_image="skip"))
 
 
@@ -229,7 +227,7 @@ def test_image_folders_are_ingested_with_skipped_files_named(tmp_path):
             (tmp_path / f"in/{name}/{number}.png").write_bytes(encode(pixels_of(number)))
     (tmp_path / "in/dog/readme.txt").write_text("hello")
 
-    with pytest.raises(DataError, match=r"dog/readme.txt: the image cannot be decoded"):
+    with pytest.raises(DataError, match=r"dog/readme.txt: the sample cannot be read"):
         run_ingest(tmp_path, make_config(tmp_path / "in"))
     _, _, manifest = run_ingest(tmp_path, make_config(tmp_path / "in", on_bad_image="skip"), "skipping")
 

@@ -135,7 +135,7 @@ def test_batch_without_rows_comes_back_without_rows(predictor, digits):
 def test_bad_image_is_named_or_left_out(uri, predictor, digits):
     batch = {"image": objects([encode(digits[0][0]), b"no image", None]), "id": np.array([7, 8, 9])}
 
-    with pytest.raises(DataError, match="batch, row 1, column 'image': the image cannot be decoded: no image of a"):
+    with pytest.raises(DataError, match="batch, row 1, column 'image': the sample cannot be read: no image of a"):
         predictor(batch)
     skipping = Predictor(uri, on_bad_image="skip")
     assert skipping(batch)["id"].tolist() == [7]

@@ -99,6 +99,10 @@ def numbers(dtype, shape):
         (fixed_tensors, "uint16", (2, 3, 4, 5), "uint16"),
         (fixed_tensors, "int16", (6,), "int16"),
         (fixed_tensors, "uint8", (2, 3, 2, 5), "uint8"),
+        (fixed_tensors, "uint8", (2, 6, 7), "uint8"),
+        (lists, "uint8", (5, 6, 6), "uint8"),
+        (ray_tensors, "uint8", (7, 2, 7), "uint8"),
+        (own_bytes, "uint8", (5, 8, 6), "uint8"),
         (lists, "float64", (3, 7), "float32"),
         (lists, "float32", (4,), "float32"),
         (lists, "uint8", (9,), "uint8"),
@@ -284,13 +288,13 @@ def cells(rows, kind="float32"):
         ({9: [1.0, np.inf, 0.0, 0.0]}, "it holds NaN, or numbers that are infinite"),
         ({9: [1.0, None, 0.0, 0.0]}, "it has a null inside"),
         ({9: None}, "it is null"),
-        ({9: []}, "it has no pixels"),
+        ({9: []}, "it is empty"),
     ],
 )
 def test_bad_tensor_ends_the_run_or_is_skipped(tmp_path, rows, reason):
     write_set(tmp_path / "in/a.parquet", numbers("float32", (60, 4)), FLOATS, cells(rows))
 
-    with pytest.raises(DataError, match=rf"a.parquet, row 9, column 'input': the image cannot be decoded: {reason}"):
+    with pytest.raises(DataError, match=rf"a.parquet, row 9, column 'input': the sample cannot be read: {reason}"):
         run_ingest(tmp_path)
     _, manifest = run_ingest(tmp_path, on_bad_image="skip")
 
@@ -316,10 +320,17 @@ def test_bad_tensor_ends_the_run_or_is_skipped(tmp_path, rows, reason):
         ),
         (numbers("float32", (60, 4)), cells({9: [0.0]}), {}, r"row 9.*its shape is \(1,\), want \(4,\)"),
         (numbers("int64", (60, 2, 3)), lists, {}, r"row \d.*int64 of shape \(2, 3\) would be tokens"),
+        (numbers("uint8", (60, 7, 7, 5)), lists, {}, r"row \d.*uint8 of shape \(7, 7, 5\): .*these could be last"),
+        (
+            numbers("uint8", (60, 5, 7, 7)),
+            lists,
+            {"image_size": 7},
+            "data.image_size is 7, and it is a tensor: uint8",
+        ),
         (numbers("float32", (60, 4)), lists, {"image_size": 8}, "data.image_size is 8, and it is a tensor"),
         (numbers("float32", (60, 4)), lists, {"num_tokens": 8}, "data.num_tokens is 8, and the numbers are float32"),
     ],
-    ids=["negative", "too-large", "ragged-tokens", "ragged", "rank", "resized", "counted"],
+    ids=["negative", "too-large", "ragged-tokens", "ragged", "rank", "last", "scaled", "resized", "counted"],
 )
 def test_tensor_that_does_not_fit_is_named(tmp_path, array, make, data, text):
     write_set(tmp_path / "in/a.parquet", array, FLOATS, make)

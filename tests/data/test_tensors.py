@@ -52,6 +52,11 @@ def test_given_number_of_tokens_makes_narrow_whole_numbers_tokens():
         (np.zeros((2, 3), np.int64), None, r"int64 of shape \(2, 3\) would be tokens"),
         (np.zeros(3, np.float32), 10, "data.num_tokens is 10, and the numbers are float32"),
         (np.zeros(3, bool), None, "numbers of type bool, want one of"),
+        (
+            np.zeros((6, 6, 5), np.uint8),
+            None,
+            r"uint8 of shape \(6, 6, 5\): .* could be last\nFix: transpose .* int16",
+        ),
         (np.zeros(3, np.uint64), None, "numbers of type uint64, want one of"),
     ],
 )
