@@ -30,10 +30,19 @@ def command_of(config: RunConfig, folder: Path) -> list[str]:
     return [sys.executable, "-m", "nf_pipeline", "train", "--config", str(file)]
 
 
-def wait_for_block(config: RunConfig) -> int:
-    """Waits until a block is being trained; returns the process of its worker."""
+def wait_for_block(config: RunConfig, meanwhile: Callable[[], None] = lambda: None) -> int:
+    """Waits until a block is being trained; returns the process of its worker.
+
+    Args:
+        meanwhile: called again and again.
+    """
     events = Path(config.storage.uri, config.run, "events.jsonl")
-    wait_until(lambda: events.exists() and bool(block_workers(events)), "a block is trained")
+
+    def has_begun() -> bool:
+        meanwhile()
+        return events.exists() and bool(block_workers(events))
+
+    wait_until(has_begun, "a block is trained")
     return int(block_workers(events)[-1].rpartition(":")[2])
 
 
@@ -99,14 +108,20 @@ def test_command_that_fails_leaves_no_process(digits_config: MakeConfig, tmp_pat
         assert_gone(session.process.pid)
 
 
+TAKE_TERMINAL = """if True:
+    import fcntl, os, signal, sys, termios
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup hand on that it is ignored
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 def test_terminal_that_is_closed_takes_everything_with_it(digits_config: MakeConfig, tmp_path: Path) -> None:
     config = long_run(digits_config)
-    take_terminal = (
-        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-    )
     ours, theirs = os.openpty()
+    os.set_blocking(ours, False)
     process = subprocess.Popen(
-        [sys.executable, "-c", take_terminal, *command_of(config, tmp_path)],
+        [sys.executable, "-c", TAKE_TERMINAL, *command_of(config, tmp_path)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -114,9 +129,7 @@ def test_terminal_that_is_closed_takes_everything_with_it(digits_config: MakeCon
     )
     try:
         os.close(theirs)
-        os.set_blocking(ours, False)
-        wait_until(lambda: _drained(ours) and Path(config.storage.uri, config.run, "plan.json").exists(), "a plan")
-        wait_for_block(config)
+        wait_for_block(config, meanwhile=lambda: _read_all(ours))
         os.close(ours)
         process.wait(GONE_WITHIN_S)
         assert_gone(process.pid)
@@ -124,12 +137,11 @@ def test_terminal_that_is_closed_takes_everything_with_it(digits_config: MakeCon
         end(process)
 
 
-def _drained(terminal: int) -> bool:
-    """Reads what was printed: a terminal that nobody reads stops who prints."""
-    with contextlib.suppress(BlockingIOError, OSError):
+def _read_all(terminal: int) -> None:
+    """Reads what was printed: a terminal that nobody reads stops who prints, and so the run, after some 10 KiB."""
+    with contextlib.suppress(OSError):  # there is nothing, or nobody at the other end yet
         while os.read(terminal, 65536):
             pass
-    return True
 
 
 @pytest.mark.slow
