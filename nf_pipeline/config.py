@@ -5,7 +5,6 @@ Sections are frozen pydantic models with the doc string under each field. `resol
 name the field, what came and what is wanted. Knows nothing of torch, Ray or storage.
 """
 
-import difflib
 import hashlib
 import json
 import stat
@@ -26,6 +25,7 @@ from pydantic import (
 )
 
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.near_names import did_you_mean
 from nf_pipeline.redact import holds_credentials, redacted
 from nf_pipeline.units import parse_bytes
 
@@ -169,9 +169,13 @@ class TrainConfig(_Section):
     """Auxiliary head of each unit: adaptive (linear where there is no room for it), auglocal, classic, linear or
     mlp_sr; auto takes for every unit the strongest with which its batch still trains well."""
     loss: str = "auto"
-    """What units are trained for: of classes cross_entropy, or predsim (similarity matching + cross-entropy; the last
-    unit, which has the model's own classifier, by cross-entropy alone); of values, standardised, mse, mae or huber;
-    auto takes cross_entropy or mse."""
+    """What units are trained for: of classes cross_entropy, predsim (similarity matching + cross-entropy) or infopro
+    (reconstruction of the sample, less the deeper the unit, + cross-entropy; blocks then store samples beside
+    activations; not of tokens), with which the last unit, which has the model's own classifier, still trains by
+    cross-entropy alone; of values, standardised, mse, mae or huber; auto takes cross_entropy or mse."""
+    context: Literal["none", "sample"] = "none"
+    """`sample`: every unit but the first adds a learned encoding of the network's own sample to its input, while it
+    trains and in the final model (ContSup). Blocks then store each sample beside its activations."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Part of every training label that is spread over all classes; values have none."""
     mixup: float = Field(default=0.0, ge=0.0, le=100.0)
@@ -191,6 +195,11 @@ class TrainConfig(_Section):
     """auto takes the GPU when there is one."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Same seed and plan, same weights, whichever executor (on CPU bit for bit)."""
+
+    @property
+    def num_rounds(self) -> int:
+        """How often a block publishes its activations: once, unless the run is pipelined."""
+        return 1 if self.mode == "sequential" else -(-self.epochs // self.round_epochs)
 
     @field_validator("mixup")
     @classmethod
@@ -429,9 +438,8 @@ def _explain(error: ValidationError) -> ConfigError:
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"])[:_SHOWN_CHARS]
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, known, n=3, cutoff=0.5)
             lines.append(f"{field}: unknown setting")
-            fixes.append(f"did you mean {' or '.join(near)}?" if near else f"known settings: {', '.join(known)}")
+            fixes.append(did_you_mean(field, known, otherwise=f"known settings: {', '.join(known)}"))
         elif problem["type"] == "missing":
             lines.append(f"{field}: not given")
             fixes.append("--memory-budget 300MiB" if field.startswith("memory") else f"give {field}")

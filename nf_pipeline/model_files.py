@@ -35,7 +35,7 @@ class ModelCard:
     """What model.json says: architecture, how it was chosen, how good it is.
 
     Attributes:
-        model, inputs, target, head, num_layers: rebuild the architecture.
+        model, inputs, target, head, num_layers, contexts: rebuild the architecture, see `ExitSpec`.
         class_names: one per class; none for values.
         exit_layer_idx, exit_layer: the last layer that was kept.
         val_accuracy, test_accuracy: in [0, 1], of classes; test is None when the data has no test split.
@@ -65,6 +65,7 @@ class ModelCard:
     weights_checksum: str
     val_error: float | None = None
     test_error: float | None = None
+    contexts: tuple[int, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -103,6 +104,10 @@ class ModelCard:
             raise ValueError(f"target: got {len(self.target.mean)} means of {self.target.label_values} values")
         if math.prod(self.inputs.shape) > _MAX_NUMBERS or self.num_layers < 1:
             raise ValueError(f"inputs, num_layers: got {list(self.inputs.shape)}, {self.num_layers}")
+        if list(self.contexts) != sorted(set(self.contexts)) or not all(
+            0 < layer < self.num_layers for layer in self.contexts
+        ):
+            raise ValueError(f"contexts: got {list(self.contexts)[:5]}, want ascending layers of {self.num_layers}")
         if (self.temperature is None) != (self.target.kind == "values"):
             raise ValueError(f"temperature: got {self.temperature}, and target.kind {self.target.kind}")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
@@ -117,6 +122,7 @@ class ModelCard:
             target=self.target,
             head=self.head,
             num_layers=self.num_layers,
+            contexts=self.contexts,
         )
 
     def build(self) -> ExitModel:

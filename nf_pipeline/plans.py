@@ -77,6 +77,8 @@ class UnitProfile:
         resident_bytes: weights and optimiser state, which stay while other units of the block train.
         head_params: number of weights of the unit's head.
         head_flops: of one sample's forward pass through the head.
+        context_params, context_flops: the same of what looks at the network's own sample before the layers; 0 where
+            nothing does.
     """
 
     unit_idx: int
@@ -89,6 +91,8 @@ class UnitProfile:
     head_flops: int
     segment_layers: int = 0
     head: str = ""
+    context_params: int = 0
+    context_flops: int = 0
 
     @property
     def span(self) -> UnitSpan:

@@ -1,4 +1,4 @@
-"""Byte counts as people write them: "300MiB" in, "300.0 MiB" out."""
+"""Numbers as people write them: byte counts, "300MiB" in and "300.0 MiB" out; accuracies and errors out."""
 
 import re
 
@@ -60,3 +60,13 @@ def format_bytes(num_bytes: float) -> str:
             return f"{int(value)} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def format_accuracy(part: float, digits: int = 1) -> str:
+    """Formats a part of 1 as per cent with so many digits behind the point, "61.3 %"."""
+    return f"{100 * part:.{digits}f} %"
+
+
+def format_error(part: float, digits: int = 1) -> str:
+    """Formats an error, a part of the variance, "0.412": as exact as `format_accuracy` would write a part of 1."""
+    return f"{part:.{digits + 2}f}"

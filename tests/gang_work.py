@@ -24,7 +24,7 @@ from nf_pipeline.core.sync_batch_norm import synchronise_batch_norms
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.errors import Diverged
 from nf_pipeline.gang import Gang
-from nf_pipeline.samples import TargetSpec
+from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.worker.data_parallel import Replicas
 
 CPU = torch.device("cpu")
@@ -104,7 +104,8 @@ def train(
             x_NCHW = torch.randn(num_total, 3, 8, 8, generator=generator) + y_N.view(-1, 1, 1, 1) / 2
             num_own = len(y_N[rows])
             reduce = replicas.averaging(num_own, num_total)
-            losses = train_step(units, optimizers, x_NCHW[rows].to(dtype), y_N[rows], precision, reduce)
+            x_NCHW = x_NCHW[rows].to(dtype)
+            losses = train_step(units, optimizers, x_NCHW, y_N[rows], precision, reduce, sample_N=x_NCHW)
             curve.append([float(loss) for loss in replicas.mean_losses(losses, num_own, num_total)])
         return {"curve": curve, "weights": _state(nn.ModuleList(units))}
 
@@ -234,7 +235,8 @@ def _make_unit(in_channels: int, out_channels: int, loss: str) -> LocalUnit:
         nn.ReLU(inplace=True),
         nn.Linear(8, 4),
     )
-    end = UnitEnd(out_shape=(out_channels, 8, 8), target=TargetSpec(size=4))
+    inputs = InputSpec(shape=(3, 8, 8))
+    end = UnitEnd(out_shape=(out_channels, 8, 8), target=TargetSpec(size=4), inputs=inputs)
     objective = build_objective(loss, end, seed=out_channels)
     return LocalUnit([layer, nn.Conv2d(out_channels, out_channels, 3, padding=1)], head, objective=objective)
 

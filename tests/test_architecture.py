@@ -29,6 +29,7 @@ LEVELS = {
     "nf_pipeline.worker_resources": 0,
     "nf_pipeline.trust": 0,
     "nf_pipeline.redact": 0,
+    "nf_pipeline.near_names": 0,
     "nf_pipeline.retry": 1,
     "nf_pipeline.core": 1,
     "nf_pipeline.storage": 1,

@@ -121,6 +121,7 @@ def test_fingerprint_changes_with_every_setting_that_can_change_the_result(name:
         "model.name": "vgg11_bn",
         "train.head": "classic",
         "train.loss": "predsim",
+        "train.context": "sample",
         "train.label_smoothing": 0.1,
         "train.local": "layer",
         "train.unit_layers": 3,

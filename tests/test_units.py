@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nf_pipeline.units import format_bytes, parse_bytes
+from nf_pipeline.units import format_accuracy, format_bytes, format_error, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,8 @@ def test_format_bytes_keeps_one_decimal() -> None:
         "64.0 MiB",
         "3.0 TiB",
     ]
+
+
+@pytest.mark.parametrize(("digits", "accuracy", "error"), [(1, "41.3 %", "0.413"), (2, "41.28 %", "0.4128")])
+def test_accuracies_and_errors_are_written_equally_exactly(digits: int, accuracy: str, error: str) -> None:
+    assert (format_accuracy(0.4128, digits), format_error(0.4128, digits)) == (accuracy, error)

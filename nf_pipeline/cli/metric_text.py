@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nf_pipeline.units import format_accuracy, format_error
+
 
 @dataclass(frozen=True)
 class MetricText:
@@ -37,14 +39,15 @@ def metric_text(document: Mapping[str, Any]) -> MetricText:
 
 def percent(part: float | None) -> str:
     """Writes a part of 1, "61.3 %"; "-" for None."""
-    return "-" if part is None else f"{100 * part:.1f} %"
+    return "-" if part is None else format_accuracy(part)
 
 
-def _part(error: float | None) -> str:
-    return "-" if error is None else f"{error:.3f}"
+def error_text(part: float | None) -> str:
+    """Writes an error, "0.412"; "-" for None."""
+    return "-" if part is None else format_error(part)
 
 
 _METRICS = {
     "accuracy": MetricText("accuracy", "interval", percent),
-    "error": MetricText("error", "error_interval", _part),
+    "error": MetricText("error", "error_interval", error_text),
 }

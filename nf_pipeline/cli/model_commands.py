@@ -19,7 +19,7 @@ bad_image_option = click.option(
     type=click.Choice(["error", "skip"]),
     default="error",
     show_default=True,
-    help="End with an error, or leave out images that cannot be decoded.",
+    help="End with an error, or leave out samples that cannot be read.",
 )
 
 

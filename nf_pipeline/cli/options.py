@@ -162,7 +162,7 @@ CONFIG_FLAGS = (
         field="data.on_bad_image",
         default="error",
         value_type=click.Choice(["error", "skip"]),
-        explanation="End with an error, or count and list images that cannot be decoded.",
+        explanation="End with an error, or count and list samples that cannot be read.",
     ),
     ConfigFlag(
         name="--epochs",

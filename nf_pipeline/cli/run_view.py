@@ -7,6 +7,7 @@ terminals. Entry: `RunView.update`, then `line`, `fraction` or `messages`.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nf_pipeline.cli.metric_text import error_text, percent
 from nf_pipeline.events import (
     EpochDone,
     Event,
@@ -168,9 +169,7 @@ class RunView:
 
 def format_validation(accuracy: float | None, error: float | None) -> str:
     """Formats what validation found, "val 61.3 %" of classes, "val error 0.412" of values; "val -" before either."""
-    if error is not None:
-        return f"val error {error:.3f}"
-    return f"val {_or_dash(accuracy, '.1%').replace('%', ' %')}"
+    return f"val {percent(accuracy)}" if error is None else f"val error {error_text(error)}"
 
 
 def format_duration(seconds: float | None) -> str:
@@ -222,7 +221,8 @@ def _take_epoch(state: _StageState, event: EpochDone) -> None:
 
 def _block_flops(plan: Plan, block: BlockPlan) -> int:
     layers = plan.layers[block.layers[0] : block.layers[1]]
-    return sum(layer.flops for layer in layers) + sum(unit.head_flops for unit in plan.units_of(block))
+    beside = sum(unit.head_flops + unit.context_flops for unit in plan.units_of(block))
+    return sum(layer.flops for layer in layers) + beside
 
 
 def _planned_block(plan: Plan, block: BlockPlan) -> str:

@@ -174,11 +174,11 @@ def adaptive_text(found: Mapping[str, Any]) -> str:
 
 
 def prediction_text(written: Mapping[str, Any]) -> str:
-    """Says how many images were predicted and where, and how many were left out, if any."""
+    """Says how many samples were predicted and where, and how many were left out, if any."""
     text = f"{written['rows']:,} predictions in {written['output']}"
     skipped = written["num_skipped"]
     if skipped:
-        text = f"{text}, {skipped:,} images skipped that cannot be decoded"
+        text = f"{text}, {skipped:,} samples skipped that cannot be read"
     left = ", ".join(f"{rows:,} at {layer}" for layer, rows in written.get("rows_by_exit", {}).items())
     return f"{text}\nleft: {left}" if left else text
 

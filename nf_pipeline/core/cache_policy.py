@@ -4,11 +4,14 @@ All seconds are per sample, multiplied at the end by the samples: an epoch has t
 split, the caching pass those of every view of the train split and of the validation split. A pass of block j that
 starts from source s (-1: the images) reads `bytes(s)` while the device computes; whichever is slower decides:
 
-    pass(j, s, own) = max(bytes(s) / read_rate, own + sum of forward_s of the blocks s+1 .. j-1 + bytes(s) * load_s)
+    pass(j, s, own) = max(bytes(s) / read_rate, change_s(s),
+                          own + sum of forward_s of the blocks s+1 .. j-1 + bytes(s) * load_s + change_s(s))
     block j         = epochs * pass(j, s, train_s of j)                                         trained
                     + pass(j, s, forward_s of j) + bytes(j) / write_rate                        and, if stored, cached
 
 `load_s` is what a byte that is read takes from training: CPU seconds of reading, where training needs the same cores.
+`change_s` is what random changes of the images take, of those that a pass changes, and none where it reads what a
+block has stored; the second time it stands there, again, only where training needs the same cores.
 Writing is priced in full, as if nothing overlapped with it; an epoch reads one view, however many there are. A block
 is stored only if a later one reads it, so the choices depend on each other: `choose_sources` looks at every set of
 stored blocks that could be the best one.
@@ -55,10 +58,14 @@ class CacheJob:
         blocks: in order.
         image_bytes: of one stored image.
         rows: samples of the train and the validation split.
-        stored_rows: samples that a block writes which stores its output: those of every view.
+        stored_rows: samples that a block writes which stores its output: those of every view, each time that it
+            publishes them.
         epochs: passes over them while a block trains.
         rates: of the store.
-        shares_cores: whether training computes on the cores that decode what is read.
+        shares_cores: whether training computes on the cores that decode what is read, and change it.
+        change_s: seconds that random changes of one image take.
+        changed: parts of the rows of an epoch, and of the stored rows, whose images a pass that starts from them
+            changes.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -68,16 +75,20 @@ class CacheJob:
     epochs: int
     rates: StoreRates
     shares_cores: bool
+    change_s: float = 0.0
+    changed: tuple[float, float] = (0.0, 0.0)
 
     def train_s(self, block_idx: int, source: int) -> float:
         """Returns the seconds that all epochs of a block take."""
-        return self.rows * self.epochs * self._pass_s(block_idx, source, self.blocks[block_idx].train_s)
+        change_s = self.change_s * self.changed[0]
+        return self.rows * self.epochs * self._pass_s(block_idx, source, self.blocks[block_idx].train_s, change_s)
 
     def store_s(self, block_idx: int, source: int) -> float:
         """Returns the seconds of the passes that store a block's output."""
         block = self.blocks[block_idx]
         written_s = block.stored_bytes / self.rates.write_bytes_per_s
-        return self.stored_rows * (self._pass_s(block_idx, source, block.forward_s) + written_s)
+        change_s = self.change_s * self.changed[1]
+        return self.stored_rows * (self._pass_s(block_idx, source, block.forward_s, change_s) + written_s)
 
     def read_s(self, source: int) -> float:
         """Returns the seconds that the store takes to deliver a source once."""
@@ -94,11 +105,11 @@ class CacheJob:
             for block_idx, source in enumerate(sources)
         )
 
-    def _pass_s(self, block_idx: int, source: int, own_s: float) -> float:
+    def _pass_s(self, block_idx: int, source: int, own_s: float, change_s: float) -> float:
         between_s = sum(block.forward_s for block in self.blocks[source + 1 : block_idx])
-        load_s = self.rates.read_cpu_s_per_byte if self.shares_cores else 0.0
-        num_bytes = self._bytes(source)
-        return max(num_bytes / self.rates.read_bytes_per_s, own_s + between_s + num_bytes * load_s)
+        num_bytes, change_s = self._bytes(source), change_s if source == IMAGES else 0.0
+        load_s = num_bytes * self.rates.read_cpu_s_per_byte + change_s if self.shares_cores else 0.0
+        return max(num_bytes / self.rates.read_bytes_per_s, change_s, own_s + between_s + load_s)
 
     def _bytes(self, source: int) -> int:
         return self.image_bytes if source == IMAGES else self.blocks[source].stored_bytes

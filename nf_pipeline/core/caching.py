@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from nf_pipeline.config import TrainConfig
 from nf_pipeline.core.cache_policy import IMAGES, BlockCost, CacheJob, choose_sources, forced_sources
 from nf_pipeline.core.drafts import Draft, PlanJob
 from nf_pipeline.core.partition import effective_budget
@@ -70,23 +71,32 @@ def _costs(job: PlanJob, draft: Draft, times: TimeModel, rates: StoreRates) -> C
             BlockCost(
                 train_s=times.train_s(spans, block.batch_size) / (train.epochs * rows),
                 forward_s=times.forward_s_per_sample(spans, block.batch_size) / workers,
-                stored_bytes=job.sample_bytes(block.layers[1]),
+                stored_bytes=job.row_bytes(block.layers[1]),
             )
         )
+    threads = workers * torch.get_num_threads()
     return CacheJob(
         blocks=tuple(blocks),
         image_bytes=math.prod(job.inputs.shape) * ITEM_BYTES[job.inputs.dtype],
         rows=rows,
-        stored_rows=job.stored_rows,
+        stored_rows=job.stored_rows * train.num_rounds,
         epochs=train.epochs,
         # Every worker reads its part of the rows, and decodes it on the threads that it computes with.
         rates=StoreRates(
             read_bytes_per_s=rates.read_bytes_per_s * workers,
             write_bytes_per_s=rates.write_bytes_per_s * workers,
-            read_cpu_s_per_byte=rates.read_cpu_s_per_byte / (workers * torch.get_num_threads()),
+            read_cpu_s_per_byte=rates.read_cpu_s_per_byte / threads,
         ),
         shares_cores=job.device.type == "cpu",
+        change_s=job.change_s / threads,
+        changed=(job.split_rows["train"] / rows, _changed_views(train) * job.split_rows["train"] / job.stored_rows),
     )
+
+
+def _changed_views(train: TrainConfig) -> int:
+    """Returns how many of the views that are stored at a time hold changed images: a run that stores them once keeps
+    them as they are in the first."""
+    return train.views if train.mode == "pipelined" else train.views - 1
 
 
 def _choose(
@@ -164,6 +174,7 @@ class _Rooms:
             device=job.device,
             target=job.target,
             frozen=units[:num_between],
+            sample=job.sample,
         )
         available, batch_size = self._available(block), block.batch_size
         smallest = max(job.memory.min_batch_size, math.ceil(KEPT_BATCH * batch_size))
@@ -208,7 +219,7 @@ def _views(job: PlanJob, block: BlockPlan) -> list[str]:
     num_views = job.cfg.train.views
     if num_views == 1 or not block.shard_bytes:
         return []
-    view_bytes = job.split_rows["train"] * job.sample_bytes(block.layers[1])
+    view_bytes = job.split_rows["train"] * job.row_bytes(block.layers[1])
     return [f"stores {num_views} views of the train split, {format_bytes(view_bytes)} each"]
 
 

@@ -5,7 +5,7 @@ nothing of training, and not how the group came to be. Entry points: `sum_over_g
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import distributed
@@ -34,14 +34,12 @@ def sum_over_group(tensors: Sequence[torch.Tensor]) -> None:
     Raises:
         PeerLost: a process is gone.
     """
-    for bucket in _buckets(tensors):
-        if len(bucket) == 1:
-            _sum_in_place(bucket[0])
-        else:
-            packed = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            _sum_in_place(packed)
-            for tensor, part in zip(bucket, packed.split([each.numel() for each in bucket]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+    _for_each_bucket(tensors, _sum_in_place)
+
+
+def pack_as_for_sum(tensors: Sequence[torch.Tensor]) -> None:
+    """Takes the memory that `sum_over_group` does, in a process without a group; every tensor stays as it is."""
+    _for_each_bucket(tensors, lambda _: None)
 
 
 def largest_of_group(tensor: torch.Tensor) -> None:
@@ -67,6 +65,18 @@ def gather_from_group(row: torch.Tensor) -> torch.Tensor:
     with _watched():
         distributed.all_gather(list(rows), row)
     return rows
+
+
+def _for_each_bucket(tensors: Iterable[torch.Tensor], change: Callable[[torch.Tensor], None]) -> None:
+    """Has every tensor changed in place, small ones packed into one."""
+    for bucket in _buckets(tensors):
+        if len(bucket) == 1:
+            change(bucket[0])
+        else:
+            packed = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            change(packed)
+            for tensor, part in zip(bucket, packed.split([each.numel() for each in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from nf_pipeline.config import MemoryConfig, RunConfig
+from nf_pipeline.core.context import Context, needs_samples
 from nf_pipeline.core.estimate import Head, UnitEstimator
 from nf_pipeline.core.heads import AUTO_HEAD, STAND_IN
 from nf_pipeline.core.layers import CutModel
@@ -41,8 +42,8 @@ class PlanJob:
     """What every plan for one model, data set and budget is decided from.
 
     `memory` is what the run really has: its batches end at the train split. `budgets` are bytes per class of workers,
-    ascending, none above the device's memory; a budget that the user gave is the only class. `profiles` fills as
-    units are asked for.
+    ascending, none above the device's memory; a budget that the user gave is the only class. `change_s` is what
+    random changes of a sample take one thread. `profiles` fills as units are asked for.
     """
 
     cfg: RunConfig
@@ -55,6 +56,7 @@ class PlanJob:
     split_rows: dict[str, int]
     device: torch.device
     is_exhaustive: bool = False
+    change_s: float = 0.0
     profiles: dict[UnitSpan, UnitProfile] = field(default_factory=dict)
 
     @property
@@ -78,13 +80,14 @@ class PlanJob:
         """Samples that a block stores: every view of the train split, and the validation split."""
         return self.cfg.train.views * self.split_rows["train"] + self.split_rows.get("val", 0)
 
-    def sample_bytes(self, stop: int) -> int:
-        """Returns the tensor bytes that a sample's activations take as stored after layer `stop` - 1."""
-        return math.prod(self.ends[stop].shape) * ITEM_BYTES[self.cfg.storage.dtype]
+    def row_bytes(self, stop: int) -> int:
+        """Returns the tensor bytes of a stored row: activations after layer `stop` - 1, and the sample beside."""
+        sample = 0 if self.sample is None else math.prod(self.sample.shape) * ITEM_BYTES[self.sample.dtype]
+        return math.prod(self.ends[stop].shape) * ITEM_BYTES[self.cfg.storage.dtype] + sample
 
     def stored_bytes(self, stop: int) -> int:
-        """Returns the tensor bytes that the activations of all stored samples take after layer `stop` - 1."""
-        return self.stored_rows * self.sample_bytes(stop)
+        """Returns the tensor bytes of all rows that are stored after layer `stop` - 1."""
+        return self.stored_rows * self.row_bytes(stop)
 
     def unit_names(self, units: Sequence[UnitProfile]) -> list[str]:
         """Names units by their layers: "features.0" or "features.0..features.7"."""
@@ -120,7 +123,19 @@ class PlanJob:
             self.ends,
             train=self.cfg.train,
             batch_sizes=self._ends_of_batches,
+            sample=self.sample,
+            make_context=self.context,
         )
+
+    def context(self, layer_idx: int) -> Context | None:
+        """Builds the context of a unit that begins with a layer; None where it has none."""
+        (unit,) = self.units([UnitSpan(layer_idx, self.num_layers)])
+        return unit.context
+
+    @property
+    def sample(self) -> InputSpec | None:
+        """The network's own sample where units look at it."""
+        return self.inputs if needs_samples(self.cfg.train) else None
 
     def _head(self, layer_idx: int, name: str) -> Head:
         (unit,) = self.units([UnitSpan(layer_idx, layer_idx + 1, head=name)])
@@ -135,6 +150,7 @@ class PlanJob:
             train=self.cfg.train,
             device=self.device,
             target=self.target,
+            sample=self.sample,
             # Tensor bytes are convex in the batch: the line through both ends lies above. Measurements need not be.
             batch_sizes=batch_sizes if self.device.type == "cuda" else self._ends_of_batches,
         )
@@ -323,6 +339,7 @@ class _Drafting:
             train=job.cfg.train,
             device=job.device,
             target=job.target,
+            sample=job.sample,
         )
         slope = max(unit.bytes_per_sample for unit in profiles)
         batch_size, peak_bytes = verified_batch(group.batch_size, available, slope, job.memory, probe.peak_bytes)

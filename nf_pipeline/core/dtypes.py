@@ -1,4 +1,7 @@
-"""The number types that samples are stored in, as torch knows them; their sizes stand in `nf_pipeline.dtypes`."""
+"""Number types: those that samples are stored in, as torch knows them, and those that losses are computed in.
+
+The sizes of the former stand in `nf_pipeline.dtypes`.
+"""
 
 import torch
 
@@ -11,3 +14,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "int32": torch.int32,
 }
+
+
+def precise(x: torch.Tensor) -> torch.Tensor:
+    """Returns the same numbers in float32 at least, in which losses are computed also under autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

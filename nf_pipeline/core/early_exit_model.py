@@ -112,16 +112,18 @@ class EarlyExitModel(nn.Module):
     def forward(self, pixels_NCHW: torch.Tensor) -> Exited:
         """Classifies a batch; what is sure leaves early."""
         x_NCHW = self.final.normalise(pixels_NCHW)
+        sample_N = self.final.seen_later(x_NCHW)
         rest_N = torch.arange(len(x_NCHW), device=x_NCHW.device)
         exit_N = torch.full_like(rest_N, self.num_exits - 1)
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for exit_idx, stop, following in self._legs():
-            x_NCHW = self.final.run_layers(x_NCHW, stop, following)
+            x_NCHW = self.final.run_layers(x_NCHW, stop, following, sample_N)
             logits_NK = self._logits(x_NCHW, exit_idx)
             leaves_N = self._leaves(logits_NK, exit_idx)
             exit_N[rest_N[leaves_N]] = exit_idx
             parts.append((rest_N[leaves_N], logits_NK[leaves_N]))
             x_NCHW, rest_N = x_NCHW[~leaves_N], rest_N[~leaves_N]
+            sample_N = None if sample_N is None else sample_N[~leaves_N]
             if len(rest_N) == 0:
                 break
         places_N, logits_NK = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -187,10 +189,11 @@ def all_logits(
         final, heads, stops: see `EarlyExitModel`.
     """
     x_NCHW, found = final.normalise(pixels_NCHW), []
+    sample_N = final.seen_later(x_NCHW)
     for head, start, stop in zip(heads, (0, *stops), stops, strict=False):
-        x_NCHW = final.run_layers(x_NCHW, start, stop)
+        x_NCHW = final.run_layers(x_NCHW, start, stop, sample_N)
         found.append(head(laid_out(x_NCHW)))
-    x_NCHW = final.run_layers(x_NCHW, stops[-1] if stops else 0, len(final.layers))
+    x_NCHW = final.run_layers(x_NCHW, stops[-1] if stops else 0, len(final.layers), sample_N)
     return [*found, final.run_head(x_NCHW)]
 
 

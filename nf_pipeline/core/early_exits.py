@@ -47,7 +47,7 @@ class ExitCosts:
     """FLOPs of one sample.
 
     Attributes:
-        layers: from the images to each exit, heads left out.
+        layers: from the images to each exit, contexts included, heads left out.
         heads: of each exit's head.
     """
 

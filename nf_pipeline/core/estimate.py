@@ -18,10 +18,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nf_pipeline.config import TrainConfig
+from nf_pipeline.core.context import Context
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.memory import LiveBytes
 from nf_pipeline.core.probe import fake_copy
-from nf_pipeline.core.profiler import Shape, count_params, fit_line, forward_flops
+from nf_pipeline.core.profiler import Shape, context_costs, count_params, fit_line, forward_flops
 from nf_pipeline.core.train_step import Precision, autocast
 from nf_pipeline.core.user_code import user_code
 from nf_pipeline.plans import UnitProfile, UnitSpan
@@ -32,7 +33,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class PartBytes:
-    """Bytes that a layer or a head holds in a training step with some batch.
+    """Bytes that a layer, a head or a context holds in a training step with some batch.
 
     Attributes:
         weights: all weights that get a gradient.
@@ -50,6 +51,10 @@ class PartBytes:
     kept: int
     forward: int
     backward: int
+
+
+NOTHING = PartBytes(weights=0, buffers=0, out=0, kept=0, forward=0, backward=0)
+"""What a part that is not there holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,31 @@ class _End:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Entrance:
+    """What stands before a unit's layers, looked at: bytes per batch size, and the fields of its profile."""
+
+    context: list[PartBytes]
+    costs: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What enters a unit.
+
+    Attributes:
+        batch: bytes of the unit's input, as the loader makes it.
+        sample: of the network's own samples beside it.
+        context: what adds an encoding of these; `NOTHING` where there is none.
+        is_mixed: whether both are mixed first.
+    """
+
+    batch: int
+    sample: int
+    context: PartBytes
+    is_mixed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What a part is looked at with.
 
@@ -86,12 +116,14 @@ class Inputs:
         batch_sizes: each is looked at.
         dtype: bfloat16 where the layer before ran under autocast; int64 of tokens, which get no gradient.
         is_contiguous: made so, rather than laid out for their size.
+        has_gradient: gets one in the backward pass, where it is no token; the network's own sample gets none.
     """
 
     shape: Shape
     batch_sizes: Sequence[int]
     dtype: torch.dtype = torch.float32
     is_contiguous: bool = False
+    has_gradient: bool = True
 
 
 class UnitEstimator:
@@ -103,6 +135,8 @@ class UnitEstimator:
         ends: one sample at the input of every layer, and at the output of the last.
         train: precision and mixup of the training step.
         batch_sizes: smallest and largest, between which estimates are lines.
+        sample: the network's own, where units look at it.
+        make_context: makes the context of a unit that begins with a layer, None where it has none.
     """
 
     def __init__(
@@ -113,6 +147,8 @@ class UnitEstimator:
         *,
         train: TrainConfig,
         batch_sizes: Sequence[int],
+        sample: InputSpec | None = None,
+        make_context: Callable[[int], Context | None] = lambda _: None,
     ) -> None:
         self._layers = layers
         self._make_head = make_head
@@ -120,7 +156,10 @@ class UnitEstimator:
         self._precision = train.precision
         self._is_mixed = train.mixup > 0.0
         self._batch_sizes = batch_sizes
+        self._sample = sample
+        self._make_context = make_context
         self._looked_at: dict[int, list[PartBytes]] = {}
+        self._entrances: dict[int, _Entrance] = {}
         self._ends: dict[tuple[int, str], _End] = {}
 
     def profile(self, span: UnitSpan) -> UnitProfile:
@@ -131,16 +170,19 @@ class UnitEstimator:
         """
         end = self._end(span.stop - 1, span.head)
         layers = [self._layer(layer_idx) for layer_idx in range(span.start, span.stop)]
-        in_bytes = self._in_bytes(span.start)
-        steps = [
-            _Step(
-                [layer[which] for layer in layers],
-                (end.head[which], end.loss[which]),
-                size * in_bytes,
-                span.segment_layers,
+        entrance = self._entrance(span.start)
+        entries = [
+            Entry(
+                batch=size * self._in_bytes(span.start, entrance),
+                sample=size * self._sample_bytes(span.start),
+                context=entrance.context[which],
                 is_mixed=self._is_mixed,
             )
             for which, size in enumerate(self._batch_sizes)
+        ]
+        steps = [
+            _Step(entry, [layer[which] for layer in layers], (end.head[which], end.loss[which]), span.segment_layers)
+            for which, entry in enumerate(entries)
         ]
         peaks = [step.peak_bytes for step in steps]
         slope, constant = fit_line(dict(zip(self._batch_sizes, peaks, strict=True)))
@@ -155,15 +197,38 @@ class UnitEstimator:
             resident_bytes=steps[0].resident_bytes,
             head_params=end.head_params,
             head_flops=end.head_flops,
+            **entrance.costs,
         )
 
-    def _in_bytes(self, layer_idx: int) -> int:
+    def _in_bytes(self, layer_idx: int, entrance: _Entrance) -> int:
         """Returns what a sample takes at a unit's input, where it is as the loader makes it."""
         inputs = self._inputs(layer_idx)
         if inputs.dtype != torch.bfloat16:
             return inputs.dtype.itemsize * math.prod(inputs.shape)
-        # Stored activations come as float32 and are copied.
-        return (torch.float32.itemsize + torch.bfloat16.itemsize) * math.prod(inputs.shape)
+        # Stored activations come as float32 and are copied, unless what the context adds makes the copy.
+        itemsize = torch.float32.itemsize + (0 if entrance.costs else torch.bfloat16.itemsize)
+        return itemsize * math.prod(inputs.shape)
+
+    def _sample_bytes(self, layer_idx: int) -> int:
+        """Returns what the network's own sample takes beside a unit's input; 0 where it is the input."""
+        if self._sample is None:
+            return 0
+        itemsize = (torch.int64 if self._sample.num_tokens else torch.float32).itemsize
+        copies = self._is_mixed + (layer_idx > 0)
+        return copies * itemsize * math.prod(self._sample.shape)
+
+    def _entrance(self, layer_idx: int) -> _Entrance:
+        """Returns what the context of a unit that begins with a layer holds."""
+        if layer_idx not in self._entrances:
+            context = self._make_context(layer_idx)
+            self._entrances[layer_idx] = _Entrance(context=[NOTHING] * len(self._batch_sizes), costs={})
+            if context is not None:
+                sample = self._inputs(0, has_gradient=False)
+                entering = _Entering(context, self._between[layer_idx].shape)
+                self._entrances[layer_idx] = _Entrance(
+                    context=look_at(entering, sample, self._precision), costs=context_costs(context, self._sample)
+                )
+        return self._entrances[layer_idx]
 
     def _layer(self, layer_idx: int) -> list[PartBytes]:
         if layer_idx not in self._looked_at:
@@ -185,14 +250,28 @@ class UnitEstimator:
             )
         return self._ends[layer_idx, name]
 
-    def _inputs(self, position: int, *, is_contiguous: bool = False) -> Inputs:
+    def _inputs(self, position: int, *, is_contiguous: bool = False, has_gradient: bool = True) -> Inputs:
         dtype = torch.bfloat16 if position and self._precision == "bf16" else torch.float32
         return Inputs(
             shape=self._between[position].shape,
             batch_sizes=self._batch_sizes,
             dtype=torch.int64 if self._between[position].num_tokens else dtype,
             is_contiguous=is_contiguous,
+            has_gradient=has_gradient,
         )
+
+
+class _Entering(nn.Module):
+    """The network's own samples -> a unit's input with the context added, which is made here and freed."""
+
+    def __init__(self, context: Context, in_shape: Shape) -> None:
+        super().__init__()
+        self.context = context
+        self._in_shape = in_shape
+
+    def forward(self, sample_N: torch.Tensor) -> torch.Tensor:
+        x_N = torch.zeros(len(sample_N), *self._in_shape)
+        return self.context.added_to(x_N, sample_N)
 
 
 def look_at(module: nn.Module, inputs: Inputs, precision: Precision) -> list[PartBytes]:
@@ -218,7 +297,7 @@ def _look(part: nn.Module, inputs: Inputs, batch_size: int, precision: Precision
     meter.track(part)
     with meter:
         x_N = torch.zeros(batch_size, *inputs.shape, dtype=inputs.dtype)
-        if x_N.is_floating_point():
+        if inputs.has_gradient and x_N.is_floating_point():
             # A copy: on a leaf, layers that begin in place fail.
             x_N = x_N.requires_grad_().clone()
         x_N = x_N.contiguous() if inputs.is_contiguous else laid_out(x_N)
@@ -245,26 +324,22 @@ class _Step:
     """A unit's training step on paper: what is held while each part runs, forth and back.
 
     Args:
+        entry: what the layers are given.
         layers: of the unit.
         end: the head on the last, and what the loss computes beside it.
-        in_bytes: of the batch.
         segment_layers: see `UnitSpan`.
-        is_mixed: whether the batch is mixed first.
     """
 
     def __init__(
         self,
+        entry: Entry,
         layers: Sequence[PartBytes],
         end: tuple[PartBytes, PartBytes | None],
-        in_bytes: int,
         segment_layers: int,
-        *,
-        is_mixed: bool,
     ) -> None:
+        self._entry = entry
         self._layers = layers
         self._head, self._loss = end
-        self._in_bytes = in_bytes
-        self._is_mixed = is_mixed
         size = segment_layers or len(layers)
         self._segments = [layers[start : start + size] for start in range(0, len(layers), size)]
 
@@ -272,18 +347,30 @@ class _Step:
     def resident_bytes(self) -> int:
         """Weights, momentum and buffers."""
         loss = [] if self._loss is None else [self._loss]
-        return sum(2 * part.weights + part.buffers for part in (*self._layers, self._head, *loss))
+        parts = (self._entry.context, *self._layers, self._head, *loss)
+        return sum(2 * part.weights + part.buffers for part in parts)
 
     @property
     def peak_bytes(self) -> int:
         """The most that the step holds at any moment."""
-        return self.resident_bytes + self._in_bytes + max([*self._forth(), *self._back()])
+        moments = [*self._enter(), *(self._entered + held for held in (*self._forth(), *self._back()))]
+        return self.resident_bytes + self._entry.sample + max(moments)
+
+    @property
+    def _entered(self) -> int:
+        """What the layers begin with, held until the end of the step: the batch, or with the context what it made."""
+        return self._entry.context.kept or self._entry.batch
+
+    def _enter(self) -> Iterator[int]:
+        """Yields what is held before the layers run, beside weights and samples."""
+        if self._entry.is_mixed:
+            yield 2 * self._entry.batch
+        # The look at a context made a batch of its own, of float32 as this one.
+        yield self._entry.context.forward
 
     def _forth(self) -> Iterator[int]:
-        """Yields what each forward pass holds beside weights and batch."""
+        """Yields what each forward pass holds beside weights and what has entered."""
         held = 0
-        if self._is_mixed:
-            yield self._in_bytes
         for segment in self._segments[:-1]:
             entered = held
             for layer in segment:
@@ -321,7 +408,8 @@ class _Step:
                 waiting = 0 if layer is self._layers[-1] else last_out
                 yield gradients + ends + kept + layer.backward + waiting
                 kept -= layer.kept
-        yield gradients + last_out
+        gradients += self._entry.context.weights
+        yield gradients + self._entry.context.backward + last_out
 
 
 def _start(meter: LiveBytes) -> int:

@@ -1,15 +1,17 @@
-"""The streamlined final model: layers up to the chosen exit and that exit's head.
+"""The streamlined final model: layers up to the chosen exit, contexts that look at its input, and that exit's head.
 
 Takes samples as they are stored and returns logits of classes, or values in their own units, so that whoever loads it
 needs to know nothing about normalisation. Knows nothing of files.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from nf_pipeline.core.context import build_context
 from nf_pipeline.core.heads import build_head, head_site
 from nf_pipeline.core.layers import cut
 from nf_pipeline.core.layout import laid_out
@@ -29,6 +31,7 @@ class ExitSpec:
         target: what it predicts.
         head: name of the auxiliary head; the last layer has the model's own classifier.
         num_layers: layers from the model's input to the exit.
+        contexts: layers, ascending, before each of which an encoding of the model's own input is added.
     """
 
     model: str
@@ -36,6 +39,7 @@ class ExitSpec:
     target: TargetSpec
     head: str
     num_layers: int
+    contexts: tuple[int, ...] = ()
 
 
 class Normalise(nn.Module):
@@ -104,18 +108,43 @@ class ExitModel(nn.Module):
         super().__init__()
         self.normalise = Normalise(inputs)
         self.layers = nn.Sequential(*(layer for unit in units for layer in unit.layers))
+        starts = itertools.accumulate((len(unit.layers) for unit in units), initial=0)
+        placed = ((str(start), unit.context) for start, unit in zip(starts, units, strict=False))
+        self.contexts = nn.ModuleDict({name: context for name, context in placed if context is not None})
         self.head = units[-1].head
         self.own_units = own_units(target)
         self._is_last = units[-1].is_last
 
     def forward(self, stored_N: torch.Tensor) -> torch.Tensor:
         """Returns the logits, or the values."""
-        outputs_NK = self.run_head(self.run_layers(self.normalise(stored_N), 0, len(self.layers)))
+        # Without contexts no name keeps the batch while the layers run.
+        sample_N = self.normalise(stored_N) if self.contexts else None
+        x_NCHW = self.run_layers(
+            self.normalise(stored_N) if sample_N is None else sample_N, 0, len(self.layers), sample_N
+        )
+        outputs_NK = self.run_head(x_NCHW)
         return outputs_NK if self.own_units is None else self.own_units(outputs_NK)
 
-    def run_layers(self, x_NCHW: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Runs a half-open range of layers on what the layer before it, or `normalise`, has returned."""
-        for layer in list(self.layers)[start:stop]:
+    @property
+    def enters_at(self) -> tuple[int, ...]:
+        """Layers, ascending, before each of which a context adds an encoding of the model's own input."""
+        return tuple(int(layer_idx) for layer_idx in self.contexts)
+
+    def seen_later(self, sample_N: torch.Tensor) -> torch.Tensor | None:
+        """Returns what `normalise` returned if layers after the first look at it; else None: let go of it."""
+        return sample_N if self.contexts else None
+
+    def run_layers(
+        self, x_NCHW: torch.Tensor, start: int, stop: int, sample_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Runs a half-open range of layers on what the layer before it, or `normalise`, has returned.
+
+        Args:
+            sample_N: of the same samples, from `seen_later`.
+        """
+        for layer_idx, layer in list(enumerate(self.layers))[start:stop]:
+            if (name := str(layer_idx)) in self.contexts:
+                x_NCHW = self.contexts[name].added_to(x_NCHW, sample_N)
             x_NCHW = layer(laid_out(x_NCHW))
         return x_NCHW
 
@@ -131,7 +160,7 @@ def build_exit_model(spec: ExitSpec) -> ExitModel:
         spec: the model and its exit.
 
     Raises:
-        ConfigError: the model cannot be built or cut, or has fewer layers.
+        ConfigError: the model cannot be built or cut, has fewer layers, or no context is built for its samples.
     """
     model = build_model(spec.model, inputs=spec.inputs, num_outputs=spec.target.size, seed=0)
     cut_model = cut(model, spec.inputs)
@@ -143,5 +172,8 @@ def build_exit_model(spec: ExitSpec) -> ExitModel:
     else:
         site = head_site(cut_model.out_shapes, spec.num_layers - 1, spec.target.size)
         head = build_head(spec.head, site, seed=0)
-    unit = LocalUnit(cut_model.layers[: spec.num_layers], head, is_last=is_last)
-    return ExitModel([unit], spec.inputs, spec.target).eval()
+    units = []
+    for start, stop in zip((0, *spec.contexts), (*spec.contexts, spec.num_layers), strict=True):
+        context = build_context(spec.inputs, cut_model.out_shapes[start - 1], seed=0) if start else None
+        units.append(LocalUnit(cut_model.layers[start:stop], head, is_last=is_last, context=context))
+    return ExitModel(units, spec.inputs, spec.target).eval()

@@ -27,14 +27,14 @@ class FrozenUnits(nn.Module):
         self._precision = precision
         self.requires_grad_(False).eval()
 
-    def output(self, x_NCHW: torch.Tensor) -> torch.Tensor:
-        """Returns what float32 shards would hold of the last layer's output.
+    def output(self, x_NCHW: torch.Tensor, sample_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns what float32 shards would hold of the last layer's output; see `forward_block`.
 
         The batch stays alive until the last layer is done, in the prediction as in the worker.
         """
-        return forward_block(self.units, x_NCHW, self._precision, with_heads=False)[0].float()
+        return forward_block(self.units, x_NCHW, self._precision, with_heads=False, sample_N=sample_N)[0].float()
 
 
 def without_head(unit: LocalUnit) -> LocalUnit:
-    """Returns a unit of the same layers, not copied, that classifies nothing."""
-    return LocalUnit(unit.layers, nn.Identity())
+    """Returns a unit of the same layers and context, not copied, that classifies nothing."""
+    return LocalUnit(unit.layers, nn.Identity(), context=unit.context)

@@ -6,7 +6,6 @@ many sides the layer's maps have (`nf_pipeline.core.spatial`); on a vector, line
 nothing is pooled. Knows nothing of the layers below but their shapes. Entry: `build_head`.
 """
 
-import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from torch import nn
 
 from nf_pipeline.core.spatial import PARTS, SpatialParts, parts_for
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.near_names import did_you_mean
 
 _MIN_WIDTH = 8
 _MAX_WIDTH = 256
@@ -91,9 +91,7 @@ def check_head_name(name: str) -> None:
         ConfigError: unknown name.
     """
     if name not in HEADS:
-        near = difflib.get_close_matches(name, HEADS, n=3, cutoff=0.5)
-        known = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(HEADS)}"
-        raise ConfigError(f"train.head: got {name!r}, unknown head", known)
+        raise ConfigError(f"train.head: got {name!r}, unknown head", did_you_mean(name, HEADS))
 
 
 def build_adaptive(site: HeadSite) -> nn.Module:
@@ -170,7 +168,7 @@ def _conv_head(site: HeadSite, filters: int) -> nn.Module:
 
 def _cells(site: HeadSite, sides: Sequence[int]) -> tuple[int, ...]:
     """Returns what a head averages a map of these sides to."""
-    return tuple(min(site.parts.num_cells, side) for side in sides) if site.parts is not None else ()
+    return site.parts.cells(sides) if site.parts is not None else ()
 
 
 def _pooled_linear(site: HeadSite, channels: int, cells: tuple[int, ...]) -> Iterator[tuple[str, nn.Module]]:

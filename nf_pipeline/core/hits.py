@@ -15,6 +15,7 @@ import numpy as np
 
 from nf_pipeline.core.chance import sign_test, wilson_interval
 from nf_pipeline.core.results import Comparison, Results, Size, best_of
+from nf_pipeline.units import format_accuracy
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ class Hits(Results):
     @staticmethod
     def show(mean: float, digits: int = 1) -> str:
         """See `Results.show`."""
-        return f"{100 * mean:.{digits}f} %"
+        return format_accuracy(mean, digits)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

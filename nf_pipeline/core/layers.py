@@ -29,12 +29,14 @@ class CutModel:
         tail: the model's own classifier, features -> logits_NK.
         names: per layer, the path of its block or first module with weights in the uncut model.
         out_shapes: per layer, one sample's output: (C, *sides), or (F,) where the layer already pools.
+        inputs: what the first layer takes.
     """
 
     layers: tuple[nn.Module, ...]
     tail: nn.Module
     names: tuple[str, ...]
     out_shapes: tuple[tuple[int, ...], ...]
+    inputs: InputSpec
 
     def whole(self) -> nn.Sequential:
         """Returns layers and classifier as one module, as backpropagation would train it."""
@@ -67,6 +69,7 @@ def _cut(model: nn.Module, inputs: InputSpec) -> CutModel:
         tail=modules[-1],
         names=tuple(names[:-1]),
         out_shapes=tuple(out_shapes[:-1]),
+        inputs=inputs,
     )
 
 

@@ -13,15 +13,19 @@ import torch
 CHANNELS_LAST_PIXELS = 256
 
 
-def laid_out(x_NCHW: torch.Tensor) -> torch.Tensor:
+def laid_out(x_NCHW: torch.Tensor, num_pixels: int | None = None) -> torch.Tensor:
     """Returns the same numbers in the layout that suits the next layer; a copy only where it is another one.
 
     Tensors on a GPU, and what are no maps, stay as they are.
+
+    Args:
+        x_NCHW: of any shape.
+        num_pixels: of the map that counts where another one is made of this one at once; left out, its own.
     """
     if x_NCHW.device.type != "cpu" or x_NCHW.dim() != 4:
         return x_NCHW
     channels, height, width = x_NCHW.shape[1:]
-    is_large = height * width >= CHANNELS_LAST_PIXELS
+    is_large = (num_pixels or height * width) >= CHANNELS_LAST_PIXELS
     x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last if is_large else torch.contiguous_format)
     if channels > 1 and height * width > 1:
         return x_NCHW

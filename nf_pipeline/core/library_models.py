@@ -5,7 +5,6 @@ run may name one without being confirmed. The networks are as published: made fo
 and classifiers. What can be cut of them is for `nf_pipeline.core.layers`. Entry: `build_from_library`.
 """
 
-import difflib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 from nf_pipeline.core.model_checks import check_outputs, smallest_image
 from nf_pipeline.core.user_code import HostLimit, user_code
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.near_names import did_you_mean
 from nf_pipeline.samples import InputSpec
 
 # Training them as published takes two more classifiers on the way, whose losses no single tensor of logits holds.
@@ -72,10 +72,9 @@ def _check_name(source: str, library: Library, architecture: str) -> None:
     names = library.names()
     if architecture in names:
         return
-    near = difflib.get_close_matches(architecture, names, n=3, cutoff=0.5)
     reason = library.why_not(architecture) or "unknown model"
-    models = " or ".join(f"{source}:{name}" for name in near)
-    hint = f"did you mean {models}?" if near else f"one of the {len(names)} names that {source} lists"
+    listed = f"one of the {len(names)} names that {source} lists"
+    hint = did_you_mean(architecture, names, prefix=f"{source}:", otherwise=listed)
     raise ConfigError(f"--model {source}:{architecture}: {reason}", hint)
 
 

@@ -8,7 +8,6 @@ Shapes: N batch, C channels, K outputs (a score per class, or each value), F fea
 a map, from none of a vector to three of a volume.
 """
 
-import difflib
 import math
 from abc import abstractmethod
 from collections.abc import Callable
@@ -20,10 +19,12 @@ from torch import nn
 from torch.nn import functional
 
 from nf_pipeline.config import TrainConfig
-from nf_pipeline.core.layout import laid_out
-from nf_pipeline.core.spatial import parts_for
+from nf_pipeline.core.dtypes import precise
+from nf_pipeline.core.reconstruction import Decoder, squared_error
+from nf_pipeline.core.similarity import Similarities, similarities
 from nf_pipeline.errors import ConfigError
-from nf_pipeline.samples import TargetKind, TargetSpec
+from nf_pipeline.near_names import did_you_mean
+from nf_pipeline.samples import InputSpec, TargetKind, TargetSpec
 
 AUTO_LOSS: Final = "auto"
 """Value of `train.loss` that leaves it to the kind of target: `DEFAULTS`."""
@@ -35,18 +36,14 @@ GAIN = 4.0
 """Factor of `predsim` as a whole: from the second unit on, gradients of similarities were measured to be a quarter to
 two thirds of cross-entropy's, and the authors' optimiser made up for that. [ours]"""
 
-LARGEST_MAP_PIXELS = 256
-"""Maps of more pixels, most often the first layers', are averaged to at most so many before similarities. [ours]"""
-
-SMALLEST_NORM = 1e-4
-"""Centred samples of a smaller norm are divided by this one: the gradient of a cosine goes with the inverse of the
-norm, and a sample that is nearly dead would outweigh its whole batch. Untrained layers' are 0.2 to 3. [ours]"""
-
 WORST_MATCHING = 4.0
 """The mean squared error of similarities, all between -1 and 1, is never larger."""
 
-# Authors' code, too: of fewer channels spreads alone say next to nothing.
-_FEWEST_SPREADS = 4
+STRONGEST = 1.25
+"""Weight of the reconstruction error in `infopro` at the first unit, beside a cross-entropy of weight 1; it falls to
+0 at the last one. The authors take 5 to 0 for the cross-entropy of pixels between 0 and 1, beside 0.5 (CIFAR-10).
+Near a pixel that one grows by about 2 (p - x)^2, which is an eighth of the squared error of standardised pixels,
+whose standard deviation is about a quarter of their range: 5 / 8 beside 0.5. [ours]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +84,16 @@ class UnitEnd:
         target: what is predicted.
         label_smoothing: part of every label that is spread over all classes, 0 to below 1.
         is_last: whether the unit ends with the model's own classifier, beside which no loss looks at the output.
+        inputs: the network's own sample; None where it is not known, as in units that only run.
+        depth: where the unit stands among those that have an auxiliary head: 0 the first, 1 the last of them.
     """
 
     out_shape: tuple[int, ...]
     target: TargetSpec
     label_smoothing: float = 0.0
     is_last: bool = False
+    inputs: InputSpec | None = None
+    depth: float = 0.0
 
 
 class Objective(nn.Module):
@@ -106,6 +107,8 @@ class Objective(nn.Module):
     """What kind of target it is for."""
     looks_at_output: ClassVar[bool] = False
     """Whether a loss of this class has an `on_output`."""
+    looks_at_sample: ClassVar[bool] = False
+    """Whether a loss of this class is given the network's own samples, which blocks then store."""
 
     def __init__(self, on_output: nn.Module | None = None) -> None:
         super().__init__()
@@ -117,13 +120,21 @@ class Objective(nn.Module):
         """Returns a loss that looks there, with new weights if it has any."""
 
     @abstractmethod
-    def loss(self, out: torch.Tensor, outputs_NK: torch.Tensor, labels: Labels) -> torch.Tensor:
+    def loss(
+        self,
+        out: torch.Tensor,
+        outputs_NK: torch.Tensor,
+        labels: Labels,
+        sample_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Returns a scalar.
 
         Args:
             out: of the layers, [N, C, ...].
             outputs_NK: of the head.
             labels: what the head should return.
+            sample_N: the network's own input for the batch, mixed where the batch is; read where the loss
+                `looks_at_sample`.
         """
 
     @abstractmethod
@@ -153,7 +164,13 @@ class CrossEntropy(Objective):
         """See `Objective.at`."""
         return cls(end.label_smoothing)
 
-    def loss(self, out: torch.Tensor, outputs_NK: torch.Tensor, labels: Labels) -> torch.Tensor:
+    def loss(
+        self,
+        out: torch.Tensor,
+        outputs_NK: torch.Tensor,
+        labels: Labels,
+        sample_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `Objective.loss`."""
         smoothing = self.label_smoothing
         return labels.mean(lambda y_N: functional.cross_entropy(outputs_NK, y_N, label_smoothing=smoothing))
@@ -182,7 +199,13 @@ class PredSim(CrossEntropy):
         """See `Objective.at`."""
         return cls(end.label_smoothing, Similarities(end.out_shape))
 
-    def loss(self, out: torch.Tensor, outputs_NK: torch.Tensor, labels: Labels) -> torch.Tensor:
+    def loss(
+        self,
+        out: torch.Tensor,
+        outputs_NK: torch.Tensor,
+        labels: Labels,
+        sample_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `Objective.loss`."""
         cross_entropy = super().loss(out, outputs_NK, labels)
         wanted_NN = similarities(labels.one_hot_NK(outputs_NK.shape[1]))
@@ -201,6 +224,64 @@ class PredSim(CrossEntropy):
                 weight.grad.mul_(1.0 / (GAIN * (1.0 - SIMILARITY_SHARE)))
 
 
+class InfoPro(CrossEntropy):
+    """Cross-entropy + weight x the error of the samples as a small decoder makes them again of the layers' output.
+
+    What the layers throw away no later unit gets back, and the first ones cannot know what those need: they keep what
+    is left of the sample. After Y. Wang et al., "Revisiting Locally Supervised Learning: an Alternative to End-to-end
+    Training" (ICLR 2021, https://arxiv.org/abs/2101.10832). The weight falls from `STRONGEST` at the first unit to 0
+    at the last one that has an auxiliary head, which needs no decoder. The error is squared, since samples are any
+    numbers, where the authors take the cross-entropy of pixels. [ours]
+
+    Args:
+        label_smoothing: see `UnitEnd`.
+        decoder: of the layers' output; None where the weight is 0.
+        weight: of the error.
+    """
+
+    looks_at_output = True
+    looks_at_sample = True
+
+    def __init__(self, label_smoothing: float, decoder: Decoder | None, weight: float) -> None:
+        super().__init__(label_smoothing, decoder)
+        self.weight = weight
+
+    @classmethod
+    def at(cls, end: UnitEnd) -> Self:
+        """See `Objective.at`.
+
+        Raises:
+            ValueError: the samples are not known.
+        """
+        if end.inputs is None:
+            raise ValueError("inputs: got none, want what a sample is, which this loss is to make again")
+        weight = STRONGEST * (1.0 - end.depth)
+        return cls(end.label_smoothing, Decoder(end.out_shape, end.inputs.shape) if weight else None, weight)
+
+    def loss(
+        self,
+        out: torch.Tensor,
+        outputs_NK: torch.Tensor,
+        labels: Labels,
+        sample_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Objective.loss`.
+
+        Raises:
+            ValueError: there are no samples.
+        """
+        cross_entropy = super().loss(out, outputs_NK, labels)
+        if self.on_output is None:
+            return cross_entropy
+        if sample_N is None:
+            raise ValueError("sample_N: got none, want the samples of the batch")
+        return cross_entropy + self.weight * squared_error(self.on_output(out), sample_N)
+
+    def limit(self, num_outputs: int, times_chance: float) -> float:
+        """See `Objective.limit`; squared, like the error: a rare number far out in a sample is no divergence."""
+        return super().limit(num_outputs, times_chance) + self.weight * times_chance**2
+
+
 class _OfValues(Objective):
     """A loss of the residuals between the head's outputs and standardised values, in float32."""
 
@@ -211,9 +292,15 @@ class _OfValues(Objective):
         """See `Objective.at`."""
         return cls()
 
-    def loss(self, out: torch.Tensor, outputs_NK: torch.Tensor, labels: Labels) -> torch.Tensor:
+    def loss(
+        self,
+        out: torch.Tensor,
+        outputs_NK: torch.Tensor,
+        labels: Labels,
+        sample_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `Objective.loss`; the mean over samples and values."""
-        return labels.mean(lambda y_NK: self.of_residuals(_precise(outputs_NK) - y_NK))
+        return labels.mean(lambda y_NK: self.of_residuals(precise(outputs_NK) - y_NK))
 
     @abstractmethod
     def of_residuals(self, residuals_NK: torch.Tensor) -> torch.Tensor:
@@ -256,47 +343,10 @@ class Huber(_OfValues):
         return functional.huber_loss(residuals_NK, torch.zeros_like(residuals_NK))
 
 
-class Similarities(nn.Module):
-    """out -> similarities_NN of all pairs of samples, after a convolution 3 wide, C -> C, that only training has.
-
-    A map becomes its channels' spreads over its places, as in the authors' code for pictures, however many sides it
-    has. Maps of more than `LARGEST_MAP_PIXELS` are pooled first: halved until they are no larger, which follows
-    from the shape alone, so that every worker builds the same. [ours] Under autocast only the convolution is of less
-    than float32.
-
-    Args:
-        out_shape: (C, *sides) with one to three sides, or (F,) where the layers return a vector, which is compared as
-            it is.
-    """
-
-    def __init__(self, out_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        channels, *sides = out_shape
-        parts = parts_for(out_shape)
-        self.pool = parts.avg_pool(_pooled(*sides)) if parts else nn.Identity()
-        self.conv = parts.conv(channels, channels, 3, padding=1, bias=False) if parts else nn.Identity()
-
-    def forward(self, out: torch.Tensor) -> torch.Tensor:
-        """Returns cosines, between -1 and 1."""
-        features = self.conv(laid_out(self.pool(out)))
-        return similarities(_spreads(_precise(features)))
-
-
-def similarities(x_NF: torch.Tensor) -> torch.Tensor:
-    """Returns the cosine of every pair of samples, each centred at its own mean, in float32 at least.
-
-    Under bf16 cosines would be off by 0.02. Samples nearly all of whose numbers are alike have smaller ones
-    (`SMALLEST_NORM`).
-    """
-    with torch.autocast(x_NF.device.type, enabled=False):
-        x_NF = _precise(x_NF)
-        centred_NF = functional.normalize(x_NF - x_NF.mean(dim=1, keepdim=True), dim=1, eps=SMALLEST_NORM)
-        return centred_NF @ centred_NF.T
-
-
 OBJECTIVES: dict[str, type[Objective]] = {
     "cross_entropy": CrossEntropy,
     "predsim": PredSim,
+    "infopro": InfoPro,
     "mse": SquaredError,
     "mae": AbsoluteError,
     "huber": Huber,
@@ -331,11 +381,17 @@ def looks_at_output(name: str) -> bool:
     return name != AUTO_LOSS and OBJECTIVES[name].looks_at_output
 
 
-def check_objective(train: TrainConfig, target: TargetSpec) -> None:
-    """Checks that a loss is there, and made for what is to be predicted.
+def looks_at_sample(name: str) -> bool:
+    """Whether a loss is given the network's own samples, which blocks then store beside activations."""
+    return name != AUTO_LOSS and OBJECTIVES[name].looks_at_sample
+
+
+def check_objective(train: TrainConfig, target: TargetSpec, inputs: InputSpec) -> None:
+    """Checks that a loss is there, and made for what is to be predicted, from such samples.
 
     Raises:
-        ConfigError: it is unknown, or for another kind of target, or labels of values are to be smoothed.
+        ConfigError: it is unknown, or for another kind of target, or makes samples again that are tokens, or labels
+            of values are to be smoothed.
     """
     check_objective_name(train.loss)
     fitting = [AUTO_LOSS, *(name for name, kind in OBJECTIVES.items() if kind.kind == target.kind)]
@@ -343,6 +399,10 @@ def check_objective(train: TrainConfig, target: TargetSpec) -> None:
         what = f"train.loss: got {train.loss}, which is for {_plural(OBJECTIVES[train.loss].kind)}"
         fix = f"--set train.loss={' or '.join(fitting)}"
         raise ConfigError(f"{what}; the targets are {_plural(target.kind)}", fix)
+    if looks_at_sample(train.loss) and inputs.num_tokens:
+        others = [name for name in fitting if not looks_at_sample(name)]
+        what = f"train.loss: got {train.loss}, which makes the samples again; tokens are no quantities"
+        raise ConfigError(what, f"--set train.loss={' or '.join(others)}")
     if train.label_smoothing and target.kind != "class":
         what = f"train.label_smoothing: got {train.label_smoothing:g}, which spreads labels over classes"
         raise ConfigError(f"{what}; the targets are {_plural(target.kind)}", "--set train.label_smoothing=0")
@@ -356,27 +416,8 @@ def check_objective_name(name: str) -> None:
     """
     known = (AUTO_LOSS, *OBJECTIVES)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(known)}"
-        raise ConfigError(f"train.loss: got {name!r}, unknown loss", fix)
+        raise ConfigError(f"train.loss: got {name!r}, unknown loss", did_you_mean(name, known))
 
 
 def _plural(kind: TargetKind) -> str:
     return "classes" if kind == "class" else kind
-
-
-def _precise(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _spreads(x: torch.Tensor) -> torch.Tensor:
-    """Returns one number per channel where a map has places to spread over, all numbers elsewhere."""
-    if x.dim() > 2 and x.shape[1] >= _FEWEST_SPREADS and x[0, 0].numel() > 1:
-        return x.flatten(2).std(dim=2)
-    return x.flatten(1)
-
-
-def _pooled(*sides: int) -> tuple[int, ...]:
-    while math.prod(sides) > LARGEST_MAP_PIXELS:
-        sides = tuple((side + 1) // 2 for side in sides)
-    return sides

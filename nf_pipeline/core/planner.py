@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from nf_pipeline.config import AUTO, MemoryConfig, RunConfig
+from nf_pipeline.core.context import check_context, check_sample_stays, needs_samples
 from nf_pipeline.core.drafts import PlanJob
 from nf_pipeline.core.early_exits import check_exits
 from nf_pipeline.core.heads import AUTO_HEAD, check_head_name
@@ -37,6 +38,7 @@ def make_plan(
     split_rows: dict[str, int],
     worker_memory_bytes: Sequence[int] = (),
     rates: StoreRates | None = None,
+    change_s: float = 0.0,
     is_exhaustive: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -51,6 +53,7 @@ def make_plan(
         worker_memory_bytes: what each class of workers may hold; read where the budget is "auto", when blocks are
             made for the smallest class, and layers that it cannot train for the next.
         rates: of the run's store; without them nothing is computed again unless `storage.cache` says so.
+        change_s: seconds that a sample's random changes take one thread.
         is_exhaustive: compare all plans even where backpropagation has the largest batch, which none can beat.
         on_progress: called after each step of profiling with the number of steps done and of all.
 
@@ -61,8 +64,9 @@ def make_plan(
             worker says what it has.
     """
     _check_train_rows(split_rows["train"], cfg.memory)
-    check_objective(cfg.train, target)
+    check_objective(cfg.train, target, inputs)
     check_changes(cfg.train, inputs)
+    check_context(cfg.train, inputs)
     check_exits(cfg.exits, target)
     if cfg.train.head != AUTO_HEAD:
         check_head_name(cfg.train.head)
@@ -70,6 +74,8 @@ def make_plan(
     model = build_model(name, inputs=inputs, num_outputs=target.size, seed=cfg.train.seed)
     params_full = count_params(model)
     cut_model, device = cut(model, inputs), resolve_device(cfg.train.device)
+    if needs_samples(cfg.train):
+        check_sample_stays(cut_model)
     started = time.perf_counter()
     layers, flops_full = _describe_layers(cut_model, inputs)
     memory, cap_name = _limit_batches(cfg.memory, split_rows["train"])
@@ -84,6 +90,7 @@ def make_plan(
         split_rows=split_rows,
         device=device,
         is_exhaustive=is_exhaustive,
+        change_s=change_s,
     )
     chosen, candidates = search_plan(job, rates, on_progress)
     free_probes(device)

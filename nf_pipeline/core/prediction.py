@@ -21,7 +21,7 @@ class TimeModel:
 
     Args:
         cfg: loss, epochs and workers are read.
-        timer: of layers, heads, the model's own on the last layer, and losses.
+        timer: of layers, heads, the model's own on the last layer, losses and contexts.
         num_layers: of the cut model.
         split_rows: samples per split.
     """
@@ -31,6 +31,7 @@ class TimeModel:
         self._timer = timer
         self._num_layers = num_layers
         self._times_loss = looks_at_output(cfg.train.loss)
+        self._has_contexts = cfg.train.context != "none"
         self._train_rows = split_rows["train"]
         self._val_rows = split_rows.get("val", 0)
 
@@ -41,12 +42,12 @@ class TimeModel:
         if span.segment_layers:
             last = (len(parts) - 1) // span.segment_layers * span.segment_layers
             again = sum(part.forward for part in parts[:last])
-        end = self._head(span, batch_size).step + self._loss_s(span, batch_size)
-        return sum(part.step for part in parts) + again + end
+        ends = self._context(span, batch_size).step + self._head(span, batch_size).step
+        return sum(part.step for part in parts) + again + ends + self._loss_s(span, batch_size)
 
     def forward_s(self, span: UnitSpan, batch_size: int, *, with_head: bool) -> float:
         """Returns the seconds of one batch through a unit without gradients."""
-        forward = sum(part.forward for part in self._layers(span, batch_size))
+        forward = sum(part.forward for part in (self._context(span, batch_size), *self._layers(span, batch_size)))
         return forward + (self._head(span, batch_size).forward if with_head else 0.0)
 
     def train_s(self, spans: Sequence[UnitSpan], batch_size: int) -> float:
@@ -63,6 +64,12 @@ class TimeModel:
 
     def _layers(self, span: UnitSpan, batch_size: int) -> list[Seconds]:
         return [self._timer.seconds(PartKey("layer", layer), batch_size) for layer in range(span.start, span.stop)]
+
+    def _context(self, span: UnitSpan, batch_size: int) -> Seconds:
+        """Returns what the unit's look at the network's own sample takes."""
+        if not self._has_contexts or span.start == 0:
+            return Seconds(step=0.0, forward=0.0)
+        return self._timer.seconds(PartKey("context", span.start), batch_size)
 
     def _head(self, span: UnitSpan, batch_size: int) -> Seconds:
         return self._timer.seconds(PartKey("head", span.stop - 1, span.head), batch_size)

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 from nf_pipeline.core import stand_ins
 from nf_pipeline.core.memory import LiveBytes
 from nf_pipeline.core.user_code import check_host_memory, user_code
-from nf_pipeline.errors import ConfigError
+from nf_pipeline.errors import ConfigError, NFError
 from nf_pipeline.samples import InputSpec
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -84,8 +84,13 @@ def run_probe(what: str, module: nn.Module, x_N: torch.Tensor) -> torch.Tensor:
 def _forward_bytes(module: nn.Module, x_N: torch.Tensor) -> int:
     """Returns the most bytes that the pass holds at once, counted on fake tensors; 0 where these do not work."""
     meter = LiveBytes(torch.device("cpu"))
-    # What fails on fake tensors only is tried as it is.
-    with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True) as fakes, meter:
+    # What fails on fake tensors, in whatever way, is tried as it is: then it fails for people, or not at all.
+    with (
+        contextlib.suppress(NFError),
+        user_code("on fake tensors", "try it as it is"),
+        FakeTensorMode(allow_non_fake_inputs=True) as fakes,
+        meter,
+    ):
         fake_copy(module, fakes)(fakes.from_tensor(x_N))
     return meter.peak_bytes
 

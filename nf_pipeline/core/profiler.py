@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nf_pipeline.config import TrainConfig
 from nf_pipeline.core import stand_ins
+from nf_pipeline.core.collectives import pack_as_for_sum
 from nf_pipeline.core.frozen import FrozenUnits, without_head
 from nf_pipeline.core.layout import laid_out
 from nf_pipeline.core.local_unit import LocalUnit
@@ -57,10 +58,12 @@ class StepProbe:
     Args:
         units: on the CPU; left as they are.
         inputs: of one sample at the block's input.
-        train: optimiser, precision and mixup.
+        train: optimiser, precision, mixup and how many workers share a batch.
         device: "cpu" predicts on fake tensors, "cuda" measures.
         target: what labels are.
         frozen: trained units whose layers run on every batch first; `inputs` is then at the input of these.
+        sample: the network's own, where units look at it; the very `inputs` where these are it: the batch is then its
+            own sample, as for a worker that starts from the ingested ones.
 
     Attributes:
         resident_bytes: weights, buffers, optimiser state and losses: what stays while other units train.
@@ -78,11 +81,14 @@ class StepProbe:
         device: torch.device,
         target: TargetSpec = _ANY_CLASSES,
         frozen: Sequence[LocalUnit] = (),
+        sample: InputSpec | None = None,
     ) -> None:
         self._inputs = inputs
+        self._sample = sample
         self._target = target
         self._precision = train.precision
         self._mixup = train.mixup
+        self._reduce = _pack_gradients if train.workers_per_block > 1 else None
         self._device = device
         self._fakes = None if device.type == "cuda" else FakeTensorMode(allow_non_fake_inputs=True)
         if device.type == "cuda":
@@ -151,14 +157,17 @@ class StepProbe:
                 self._on_fakes(),
                 self._meter,
             ):
-                # The batch has no name here: `train_step` frees it after the first unit.
+                sample_N = None if self._sample is None else self._stored(self._sample, batch_size)
+                # The batch has no name here: `train_step` frees it after the first unit. Samples stay, as in a feed.
                 return train_step(
                     self._units,
                     self._optimizers,
-                    self._input(batch_size),
+                    self._input(batch_size, sample_N),
                     stand_ins.labels(self._target, batch_size, self._device),
                     self._precision,
+                    reduce=self._reduce,
                     mix=any_mix(self._mixup, batch_size, self._device),
+                    sample_N=sample_N,
                 )
         except ConfigError as error:
             if not isinstance(error.__cause__, UNTRACEABLE):
@@ -169,11 +178,13 @@ class StepProbe:
                 "remove data-dependent operators (such as nonzero or item) from the model",
             ) from error.__cause__
 
-    def _input(self, batch_size: int) -> torch.Tensor:
-        return self._stored(batch_size) if self._frozen is None else self._frozen.output(self._stored(batch_size))
+    def _input(self, batch_size: int, sample_N: torch.Tensor | None) -> torch.Tensor:
+        is_sample = self._sample is self._inputs
+        stored_N = sample_N if is_sample else self._stored(self._inputs, batch_size)
+        return stored_N if self._frozen is None else self._frozen.output(stored_N, sample_N)
 
-    def _stored(self, batch_size: int) -> torch.Tensor:
-        return laid_out(stand_ins.zeros(self._inputs, batch_size, self._device))
+    def _stored(self, inputs: InputSpec, batch_size: int) -> torch.Tensor:
+        return laid_out(stand_ins.zeros(inputs, batch_size, self._device))
 
     def _copy(self, unit: LocalUnit) -> LocalUnit:
         if self._fakes is None:
@@ -182,6 +193,11 @@ class StepProbe:
 
     def _on_fakes(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._fakes is None else self._fakes
+
+
+def _pack_gradients(unit: LocalUnit) -> None:
+    """Holds what workers hold that average a unit's gradients."""
+    pack_as_for_sum([parameter.grad for parameter in unit.parameters() if parameter.grad is not None])
 
 
 def profile_unit(
@@ -193,6 +209,7 @@ def profile_unit(
     device: torch.device,
     batch_sizes: Sequence[int],
     target: TargetSpec = _ANY_CLASSES,
+    sample: InputSpec | None = None,
 ) -> UnitProfile:
     """Profiles a unit alone: its weights, gradients, optimiser state, activations, batch and labels.
 
@@ -204,6 +221,7 @@ def profile_unit(
         device: "cpu" predicts, "cuda" measures.
         batch_sizes: from `probe_batch_sizes`.
         target: what labels are.
+        sample: see `StepProbe`.
 
     Returns:
         The profile of unit 0.
@@ -212,7 +230,7 @@ def profile_unit(
         ConfigError: the unit's memory cannot be predicted.
     """
     # The probe ends with this function: a GPU counts what another one holds.
-    probe = StepProbe([unit], ends[0], train=train, device=device, target=target)
+    probe = StepProbe([unit], ends[0], train=train, device=device, target=target, sample=sample)
     slope, constant = fit_line({batch_size: probe.peak_bytes(batch_size) for batch_size in batch_sizes})
     return UnitProfile(
         unit_idx=0,
@@ -225,7 +243,15 @@ def profile_unit(
         resident_bytes=probe.resident_bytes,
         head_params=count_params(unit.head),
         head_flops=forward_flops([unit.head], ends[1])[0],
+        **context_costs(unit.context, sample),
     )
+
+
+def context_costs(context: nn.Module | None, sample: InputSpec | None) -> dict[str, int]:
+    """Returns the fields of a `UnitProfile` that say what a unit's context adds to the model; none without one."""
+    if context is None:
+        return {}
+    return {"context_params": count_params(context), "context_flops": forward_flops([context], sample)[0]}
 
 
 def free_probes(device: torch.device) -> None:

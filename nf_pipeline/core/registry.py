@@ -4,7 +4,6 @@ They come from torchvision's constructors, with stems that keep small images who
 VGG. Knows nothing of layers or training. Entry: `build_registered`.
 """
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torchvision.models.vgg import make_layers as make_vgg_layers
 from nf_pipeline.core.spatial import PARTS
 from nf_pipeline.core.user_code import HostLimit
 from nf_pipeline.errors import ConfigError
+from nf_pipeline.near_names import did_you_mean
 from nf_pipeline.samples import InputSpec
 
 # Up to this many pixels a stem that quarters the image at once would throw most of it away.
@@ -160,10 +160,8 @@ REGISTRY: dict[str, ModelEntry] = {
 def _find_entry(name: str) -> ModelEntry:
     if name in REGISTRY:
         return REGISTRY[name]
-    near = difflib.get_close_matches(name, REGISTRY, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(REGISTRY)}"
     others = "torchvision:NAME or timm:NAME as these libraries have it, package.module:factory for your own"
-    raise ConfigError(f"--model {name}: unknown model", f"{hint} Or {others}")
+    raise ConfigError(f"--model {name}: unknown model", f"{did_you_mean(name, REGISTRY)} Or {others}")
 
 
 def _check_sides(name: str, entry: ModelEntry, inputs: InputSpec) -> None:

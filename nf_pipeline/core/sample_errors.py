@@ -18,6 +18,7 @@ import numpy as np
 
 from nf_pipeline.core.chance import mean_interval, mean_test
 from nf_pipeline.core.results import Comparison, Results, Size, best_of
+from nf_pipeline.units import format_error
 
 if TYPE_CHECKING:
     import torch
@@ -130,8 +131,8 @@ class SampleErrors(Results):
 
     @staticmethod
     def show(mean: float, digits: int = 1) -> str:
-        """See `Results.show`; an error has two digits more than a per cent, as it is a part of one."""
-        return f"error {mean:.{digits + 2}f}"
+        """See `Results.show`."""
+        return f"error {format_error(mean, digits)}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

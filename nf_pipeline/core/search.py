@@ -25,6 +25,7 @@ from nf_pipeline.core.timing import Part, PartKey, StepTimer
 from nf_pipeline.core.unused_settings import name_unused
 from nf_pipeline.errors import ConfigError, PlanError
 from nf_pipeline.plans import Candidate, StoreRates, UnitProfile, UnitSpan
+from nf_pipeline.samples import InputSpec
 
 ABOUT_EQUAL = 0.05
 """Plans whose predicted times differ by less are equally fast: the one with the fewest units is taken."""
@@ -191,23 +192,33 @@ def _time_model(job: PlanJob) -> TimeModel:
     """Returns the times of this job's layers and heads, measured as they are asked for."""
 
     def make_part(key: PartKey) -> Part:
-        is_layer = key.kind == "layer"
         return Part(
-            module=job.cut_model.layers[key.layer] if is_layer else _on_output(job, key),
-            inputs=job.ends[key.layer if is_layer else key.layer + 1],
+            module=_module(job, key),
+            inputs=_inputs(job, key),
             largest_batch=_largest_batch(job, key.layer),
-            is_first=is_layer and key.layer == 0,
+            is_first=key.kind == "context" or key == PartKey("layer", 0),
         )
 
     # Layers, the run's heads and narrow ones; what else there may be.
-    num_kinds = 3 + looks_at_output(job.cfg.train.loss) + _chooses_heads(job)
-    timer = StepTimer(make_part, num_kinds * job.num_layers, train=job.cfg.train, device=job.device)
+    train = job.cfg.train
+    num_kinds = 3 + looks_at_output(train.loss) + _chooses_heads(job) + (train.context != "none")
+    timer = StepTimer(make_part, num_kinds * job.num_layers, train=train, device=job.device)
     return TimeModel(job.cfg, timer, job.num_layers, job.split_rows)
 
 
-def _on_output(job: PlanJob, key: PartKey) -> torch.nn.Module:
+def _module(job: PlanJob, key: PartKey) -> torch.nn.Module:
+    if key.kind == "layer":
+        return job.cut_model.layers[key.layer]
+    if key.kind == "context":
+        return job.context(key.layer)
     (unit,) = job.units([UnitSpan(key.layer, key.layer + 1, head=key.head)])
     return unit.head if key.kind == "head" else unit.objective.on_output
+
+
+def _inputs(job: PlanJob, key: PartKey) -> InputSpec:
+    if key.kind == "context":
+        return job.inputs
+    return job.ends[key.layer if key.kind == "layer" else key.layer + 1]
 
 
 def _largest_batch(job: PlanJob, layer: int) -> int:

@@ -39,12 +39,13 @@ class PartKey(NamedTuple):
     """Which part of a network.
 
     Attributes:
-        kind: a layer, a head on it, or what its loss computes of its output beside the head.
+        kind: a layer, a head on it, what its loss computes of its output beside the head, or the context of a unit
+            that begins with it.
         layer: 0-based position.
         head: its name; "" is the run's.
     """
 
-    kind: Literal["layer", "head", "loss"]
+    kind: Literal["layer", "head", "loss", "context"]
     layer: int
     head: str = ""
 

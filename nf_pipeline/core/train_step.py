@@ -10,6 +10,7 @@ Shapes: N batch, C channels, H, W, K outputs; samples of other ranks than pictur
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -66,6 +67,7 @@ def train_step(
     precision: Precision,
     reduce: Callable[[LocalUnit], None] | None = None,
     mix: Mix | None = None,
+    sample_N: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Trains every unit of a block on one mini-batch; gradients stop at each unit's input.
 
@@ -80,22 +82,36 @@ def train_step(
         precision: bf16 runs forward passes and losses under autocast.
         reduce: called with each unit between its backward pass and its optimiser step, to change the gradients
             in place: workers that share a batch average theirs.
-        mix: how the block's input is mixed first; None leaves it as it is.
+        mix: how the block's input is mixed first, and the samples alike; None leaves them as they are.
+        sample_N: the network's own input for the batch, as its first layer takes it, same device; the very tensor of
+            `x_NCHW` where that is it. None where no unit looks at it.
 
     Returns:
         One detached scalar loss per unit, still on the device.
     """
     labels, losses = Labels(y_N=y_N), []
     if mix is not None:
+        is_sample = sample_N is x_NCHW
         x_NCHW, labels = mix.inputs(x_NCHW), mix.labels(y_N)
+        if sample_N is not None:
+            sample_N = x_NCHW if is_sample else mix.inputs(sample_N)
     for unit, optimizer in zip(units, optimizers, strict=True):
-        x_NCHW, loss = _train_unit(unit, optimizer, x_NCHW, labels, precision, reduce)
+        with autocast(x_NCHW.device, precision):
+            # No name here keeps the input without its context.
+            x_NCHW = unit.entered(x_NCHW, sample_N)
+        loss_of = partial(unit.objective.loss, labels=labels, sample_N=sample_N)
+        x_NCHW, loss = _train_unit(unit, optimizer, x_NCHW, loss_of, precision, reduce)
         losses.append(loss)
     return losses
 
 
 def forward_block(
-    units: Sequence[LocalUnit], x_NCHW: torch.Tensor, precision: Precision, *, with_heads: bool
+    units: Sequence[LocalUnit],
+    x_NCHW: torch.Tensor,
+    precision: Precision,
+    *,
+    with_heads: bool,
+    sample_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Runs a block without gradients, to validate it or to store its output.
 
@@ -104,6 +120,7 @@ def forward_block(
         x_NCHW: the block's input, float32, on the units' device.
         precision: as in training.
         with_heads: False skips the heads.
+        sample_N: the network's own input for the batch; None where no unit looks at it.
 
     Returns:
         The last unit's output, and logits_NK per unit (none without heads).
@@ -112,9 +129,10 @@ def forward_block(
     with torch.no_grad(), autocast(x_NCHW.device, precision):
         for unit in units:
             if with_heads:
-                x_NCHW, logits_NK = unit(x_NCHW)
+                x_NCHW, logits_NK = unit(x_NCHW, sample_N)
                 all_logits.append(logits_NK)
             else:
+                x_NCHW = unit.entered(x_NCHW, sample_N)
                 for layer in unit.layers:
                     x_NCHW = layer(laid_out(x_NCHW))
     return x_NCHW, all_logits
@@ -123,14 +141,14 @@ def forward_block(
 def _train_unit(
     unit: LocalUnit,
     optimizer: torch.optim.Optimizer,
-    x_NCHW: torch.Tensor,
-    labels: Labels,
+    entered_NCHW: torch.Tensor,
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     precision: Precision,
     reduce: Callable[[LocalUnit], None] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with autocast(x_NCHW.device, precision):
-        out_NCHW, logits_NK = unit(x_NCHW)
-        loss = unit.objective.loss(out_NCHW, logits_NK, labels)
+    with autocast(entered_NCHW.device, precision):
+        out_NCHW, logits_NK = unit.run(entered_NCHW)
+        loss = loss_of(out_NCHW, logits_NK)
     loss.backward()
     unit.objective.restore_head(unit.head)
     if reduce is not None:

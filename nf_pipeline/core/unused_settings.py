@@ -42,6 +42,8 @@ def _of_local_units(train: TrainConfig, draft: Draft) -> Iterator[str]:
     one_unit = "without effect: one unit, which is plain backpropagation"
     if looks_at_output(train.loss):  # any other loss is the one unit's
         yield f"train.loss {train.loss} {one_unit}"
+    if train.context != _default("context"):
+        yield f"train.context {train.context} {one_unit}"
     if train.head not in (_default("head"), AUTO_HEAD):  # what is left to the planner is named by it
         yield f"train.head {train.head} {one_unit}"
 

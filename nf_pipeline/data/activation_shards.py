@@ -7,7 +7,7 @@ The shards are Parquet that everything reads; only the column of fixed-size byte
 count is what the block's manifest says. Imports Ray Data only in `to_ray`. Entry: `ActivationShards`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from nf_pipeline.storage.shards import RELEASED_FIX, TensorSpec, read_shard
 from nf_pipeline.storage.store import open_store
 
 COLUMN = "tensor"
+SAMPLE_COLUMN = "sample"
 LABEL_COLUMN = "label"
 
 
@@ -39,7 +40,8 @@ class ActivationShards:
 
     Attributes:
         paths: of the shards, in stored order: absolute paths, or s3://...
-        spec: dtype and shape of one sample as stored.
+        spec: dtype and shape of one sample's activations as stored; in `spec.sample` those of the network's own
+            sample beside them, None where the run stores none.
         num_rows: samples.
 
     Raises:
@@ -100,28 +102,25 @@ class ActivationShards:
         Returns:
             The same columns; `tensor` is now [N, *spec.shape] of the stored dtype, or float32 for bfloat16, which
             numpy lacks, and for uint8, whose bytes stand for other numbers. A `label` of values, which is bytes as
-            well, is float32 [N, K].
+            well, is float32 [N, K]; a `sample`, as it was ingested and then changed for this split, is
+            [N, *spec.sample.shape].
 
         Raises:
             DataError: there is no such column, or a row has another number of bytes.
         """
         if COLUMN not in batch:
             raise DataError(f"batch: missing column {COLUMN!r}; it has {sorted(batch)}", "read the whole shard")
-        rows = batch[COLUMN]
-        flat = np.frombuffer(b"".join(rows), np.uint8)
-        if len(flat) != len(rows) * self.spec.nbytes:
-            raise DataError(
-                f"batch: {len(rows)} rows have {len(flat)} bytes, want {self.spec.nbytes} each",
-                "decode shards with the `ActivationShards` that named them",
-            )
-        decoded = {**batch, COLUMN: _numbers(flat, self.spec)}
+        decoded = {**batch, COLUMN: _numbers(batch[COLUMN], self.spec)}
+        if self.spec.sample is not None and SAMPLE_COLUMN in batch:
+            decoded[SAMPLE_COLUMN] = _numbers(batch[SAMPLE_COLUMN], self.spec.sample)
         if self.spec.label_values and LABEL_COLUMN in batch:
             values = np.frombuffer(b"".join(batch[LABEL_COLUMN]), np.float32)
             decoded[LABEL_COLUMN] = values.reshape(-1, self.spec.label_values)
         return decoded
 
     def to_ray(self, **read_arguments: Any) -> Any:
-        """Returns a `ray.data.Dataset` of the decoded shards: columns tensor, sample_id, label.
+        """Returns a `ray.data.Dataset` of the decoded shards: columns tensor, sample_id, label, and sample if
+        the run stores samples.
 
         Endpoint and credentials of S3 come from the environment of each worker.
 
@@ -135,7 +134,13 @@ class ActivationShards:
         return dataset.map_batches(self.decode, batch_format="numpy")
 
 
-def _numbers(flat: np.ndarray, spec: TensorSpec) -> np.ndarray:
+def _numbers(rows: Sequence[bytes], spec: TensorSpec) -> np.ndarray:
+    flat = np.frombuffer(b"".join(rows), np.uint8)
+    if len(flat) != len(rows) * spec.nbytes:
+        raise DataError(
+            f"batch: {len(rows)} rows have {len(flat)} bytes, want {spec.nbytes} each",
+            "decode shards with the `ActivationShards` that named them",
+        )
     if spec.dtype == "bfloat16":  # the upper half of a float32
         return (flat.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, *spec.shape)
     stored = flat.view(spec.dtype).reshape(-1, *spec.shape)

@@ -4,6 +4,7 @@ Knows nothing of where labels come from. Entry: `read_labels`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -42,9 +43,9 @@ class Labels:
         """Groups of rows that every split has its share of: the classes; of values one."""
         return max(1, len(self.class_names))
 
-    @property
+    @cached_property
     def strata(self) -> dict[Split, np.ndarray]:
-        """The group of every row, int64 [N]."""
+        """The group of every row, int64 [N]; made once: they are asked for with every batch that is written."""
         if self.class_names:
             return self.by_split
         return {split: np.zeros(len(labels), np.int64) for split, labels in self.by_split.items()}

@@ -29,7 +29,8 @@ from nf_pipeline.host import worker_name
 from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest, check_stored, commit_manifest, store_object
-from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 from nf_pipeline.storage.store import Store
 
 STAGE = "ingest"

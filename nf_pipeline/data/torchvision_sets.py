@@ -4,7 +4,6 @@ Only data sets whose labels can be read without decoding images are offered. Ima
 that decode them. Entry: `TorchvisionSource`.
 """
 
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from PIL import Image
 from nf_pipeline.data.base import SPLITS, Column, RawImage, Split, Unusable
 from nf_pipeline.data.files import first_line
 from nf_pipeline.errors import ConfigError, DataError
+from nf_pipeline.near_names import near_names
 
 # They unpickle a list of keys that lies beside the data, which anybody may have put there. CIFAR10 and CIFAR100 are
 # pickles too, but torchvision opens only those whose MD5 it knows.
@@ -96,7 +96,7 @@ def _find(name: str) -> Any:
     from torchvision import datasets
 
     if not is_torchvision_name(name):
-        near = difflib.get_close_matches(name, datasets.__all__, n=3, cutoff=0.4)
+        near = near_names(name, datasets.__all__)
         raise ConfigError(
             f"torchvision has no data set {name!r}" + (f"; near: {', '.join(near)}" if near else ""),
             "--data torchvision:CIFAR10:ROOT",

@@ -18,7 +18,7 @@ from nf_pipeline.executors import open_executor
 from nf_pipeline.executors.base import WorkerClass
 from nf_pipeline.plans import Plan
 from nf_pipeline.storage.reader import reader_bytes
-from nf_pipeline.storage.shards import writer_bytes
+from nf_pipeline.storage.shard_writer import writer_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,8 +145,9 @@ class RunLock:
             if self._lost_to is None:
                 self._record = replace(self._record, beat=self._record.beat + 1, is_released=is_released)
                 _write(self._store.put, self._layout, self._record)
-        except Exception as error:
-            # Whatever a store's client raises, the beats must go on: without them the run is given away.
+        except (StorageError, OSError, RuntimeError) as error:
+            # The beats must go on: without them the run is given away. RuntimeError is what a client's event loop
+            # raises that is being closed. Any other error is ours, and ends the driver at its next event.
             # Nobody else can take a run over in a store that cannot be reached; if only we cannot, we find out later.
             logger.warning("the lock of run %s could not be renewed: %s", self._layout.run, error)
         finally:

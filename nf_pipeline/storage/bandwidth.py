@@ -14,7 +14,8 @@ import numpy as np
 from nf_pipeline.config import RunConfig
 from nf_pipeline.plans import StoreRates
 from nf_pipeline.storage.reader import ShardReader
-from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 from nf_pipeline.storage.store import Store
 
 NUM_SHARDS = 4

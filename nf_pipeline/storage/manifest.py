@@ -277,9 +277,18 @@ def _read_spec(document: dict[str, Any], where: str) -> TensorSpec | None:
             _typed(entry, "codec", str, inner),
             _read_affine(entry, inner),
             _typed(entry, "label_values", int, inner),
+            _read_sample(entry, inner),
         )
     except ConfigError as error:
         raise _corrupt(inner, error.what) from None
+
+
+def _read_sample(spec: dict[str, Any], where: str) -> TensorSpec | None:
+    entry = _optional(spec, "sample", where) if "sample" in spec else None  # earlier versions knew none
+    if entry is None:
+        return None
+    inner = f"{where}: sample"
+    return TensorSpec(_typed(entry, "dtype", str, inner), tuple(_typed(entry, "shape", list, inner)))
 
 
 def _read_affine(spec: dict[str, Any], where: str) -> Affine | None:

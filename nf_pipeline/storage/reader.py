@@ -9,7 +9,6 @@ are waited for: that is a `ShardList`'s work. Entry class: `ShardReader`.
 """
 
 import copy
-import sys
 import threading
 import time
 from collections import deque
@@ -17,14 +16,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from nf_pipeline.errors import ObjectCorrupt, StorageError
-from nf_pipeline.storage.affine import Affine
-from nf_pipeline.storage.label_column import new_labels
+from nf_pipeline.storage.gather import Batch, BatchFiller, BatchMemory, Gather
 from nf_pipeline.storage.parts import WHOLE, Part, divide_rows, step_sizes
 from nf_pipeline.storage.sealed import repair_fix
 from nf_pipeline.storage.shards import Shard, ShardInfo, TensorSpec, read_shard
@@ -37,24 +34,6 @@ GATHER_THREADS = 2
 BATCHES_AHEAD = GATHER_THREADS + 1
 """One is ready or queued while each thread works on another, so that none waits for the consumer to ask."""
 _KEPT_BATCHES = BATCHES_AHEAD + 2  # one that the consumer has, one that the next window completes
-_ALIGNMENT_BYTES = 64
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """Samples that own their memory: it is used for another batch once nothing refers to it any more.
-
-    Attributes:
-        tensors: uint8 [N, nbytes], contiguous and aligned to 64 bytes, so that it views as any dtype.
-        labels: int64 [N], or float32 [N, K].
-        sample_ids: int64 [N].
-        affine: what the bytes stand for, see `TensorSpec`.
-    """
-
-    tensors: np.ndarray
-    labels: np.ndarray
-    sample_ids: np.ndarray
-    affine: Affine | None
 
 
 class ShardList(Protocol):
@@ -148,7 +127,7 @@ class ShardReader:
         self._part = part
         self._window_shards = window_shards
         self._prefetch_threads = prefetch_threads
-        self._memory = _BatchMemory(batch_size, spec)
+        self._memory = BatchMemory(batch_size, spec, _KEPT_BATCHES)
 
     def _open(self, shards: Sequence[ShardInfo] | ShardList) -> None:
         self.wait_s = 0.0
@@ -263,12 +242,12 @@ class ShardReader:
         shuffle_shards: bool,
         timeout_s: float | None,
         ended: threading.Event,
-    ) -> Iterator["_Gather"]:
+    ) -> Iterator[Gather]:
         windows = self._windows(random if shuffle_shards else None)
         pool = ThreadPoolExecutor(self._prefetch_threads, thread_name_prefix="shard-reader")
         hangs = False
         try:
-            filler = _BatchFiller(self._memory, sizes)
+            filler = BatchFiller(self._memory, sizes)
             for window in self._fetched(pool, windows, timeout_s, ended):
                 yield from filler.fill(window, _row_order(window, random))
                 copying.wait()
@@ -357,10 +336,6 @@ def reader_bytes(shard_bytes: int) -> int:
     return (2 * WINDOW_SHARDS + PREFETCH_THREADS) * shard_bytes
 
 
-_Gather = Callable[[], Batch]
-"""Copies the rows of one batch."""
-
-
 class _Copying:
     """Counts the batches that are being copied."""
 
@@ -388,7 +363,7 @@ class _Line:
     A task never waits for room, only for shards and for the task before it, so nothing has to wake it in the end.
     """
 
-    def __init__(self, planned: Iterator[_Gather], copying: _Copying, make: Callable[[Batch], Any]) -> None:
+    def __init__(self, planned: Iterator[Gather], copying: _Copying, make: Callable[[Batch], Any]) -> None:
         self._planned = planned
         self._copying = copying
         self._make = make
@@ -421,106 +396,6 @@ class _Line:
             del gather
             self._copying.end()
         return self._make(batch)
-
-
-class _BatchFiller:
-    """Divides the rows of successive windows into batches of given sizes."""
-
-    def __init__(self, memory: "_BatchMemory", sizes: Sequence[int]) -> None:
-        self._memory = memory
-        self._sizes_left = deque(sizes)
-        self._batch: Batch | None = None
-        self._filled = 0
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every batch is full."""
-        return not self._sizes_left
-
-    def fill(self, window: Sequence[Shard], rows: np.ndarray) -> Iterator[_Gather]:
-        """Yields every batch that rows of a window complete, still to be copied, and copies the rest for later.
-
-        Args:
-            window: decoded shards.
-            rows: int64, row numbers counted through the window, in the order of consumption.
-        """
-        source, taken = _Rows(window), 0
-        while taken < len(rows) and self._sizes_left:
-            if self._batch is None:
-                self._batch = self._memory.batch(self._sizes_left[0], window[0].affine)
-            start = self._filled
-            chosen = rows[taken : taken + len(self._batch.labels) - start]
-            taken, self._filled = taken + len(chosen), start + len(chosen)
-            gather = partial(source.copy, chosen, self._batch, start)
-            if self._filled < len(self._batch.labels):
-                gather()
-                continue
-            self._batch, self._filled = None, 0
-            self._sizes_left.popleft()
-            yield gather
-
-
-class _Rows:
-    """All rows of a window, counted through its shards and their pieces."""
-
-    def __init__(self, window: Sequence[Shard]) -> None:
-        self._pieces = [piece for shard in window for piece in shard.pieces]
-        self._starts = np.cumsum([0, *(len(piece) for piece in self._pieces)])
-        self._labels = np.concatenate([shard.labels for shard in window])
-        self._sample_ids = np.concatenate([shard.sample_ids for shard in window])
-
-    def copy(self, rows: np.ndarray, batch: Batch, start: int) -> Batch:
-        """Copies rows, in ascending order, into a batch that has `start` rows already, and returns it."""
-        rows, stop = np.sort(rows), start + len(rows)
-        # mode="clip" writes straight into `out`; the default mode would gather into a temporary first
-        self._labels.take(rows, axis=0, out=batch.labels[start:stop], mode="clip")
-        self._sample_ids.take(rows, out=batch.sample_ids[start:stop], mode="clip")
-        cuts = rows.searchsorted(self._starts).tolist()
-        out = batch.tensors[start:stop]
-        for piece, first, begin, end in zip(self._pieces, self._starts, cuts, cuts[1:], strict=False):
-            if begin < end:
-                piece.take(rows[begin:end] - first, axis=0, out=out[begin:end], mode="clip")
-        return batch
-
-
-def _num_references(kept: list[np.ndarray], idx: int) -> int:
-    return sys.getrefcount(kept[idx])
-
-
-_UNUSED = _num_references([np.empty(0)], 0)
-"""References to memory that only a list holds: every view of it, numpy's or torch's, would be one more."""
-
-
-class _BatchMemory:
-    """Memory of batches, used again and again: fresh memory costs a page fault per page, half of a gather.
-
-    Keeps as much as a consumer needs that gives up one batch for the next; who keeps more gets fresh memory.
-    """
-
-    def __init__(self, batch_size: int, spec: TensorSpec) -> None:
-        self._batch_size = batch_size
-        self._nbytes = spec.nbytes
-        self._label_values = spec.label_values
-        self._kept: list[np.ndarray] = []
-        self._lock = threading.Lock()
-
-    def batch(self, num_rows: int, affine: Affine | None) -> Batch:
-        """Returns a batch whose rows are still to be filled."""
-        with self._lock:
-            memory = self._free()
-            start = -memory.ctypes.data % _ALIGNMENT_BYTES
-            tensors = memory[start : start + num_rows * self._nbytes].reshape(num_rows, self._nbytes)
-        labels, sample_ids = new_labels(num_rows, self._label_values), np.empty(num_rows, np.int64)
-        return Batch(tensors=tensors, labels=labels, sample_ids=sample_ids, affine=affine)
-
-    def _free(self) -> np.ndarray:
-        for idx in range(len(self._kept)):
-            if _num_references(self._kept, idx) == _UNUSED:
-                return self._kept[idx]
-        memory = np.empty(self._batch_size * self._nbytes + _ALIGNMENT_BYTES, np.uint8)
-        if len(self._kept) < _KEPT_BATCHES:
-            self._kept.append(memory)
-        return memory
 
 
 def _row_order(window: Sequence[Shard], random: np.random.Generator | None) -> np.ndarray:

@@ -84,7 +84,9 @@ def load_units(
     """
     model = build_model(plan.model, inputs=plan.inputs, num_outputs=plan.target.size, seed=0)
     cut_model, first_units = cut(model, plan.inputs), range(num_units)
-    units = build_units(cut_model, config.train.head, plan.spans, plan.target, 0, units=first_units)
+    train = config.train
+    built = build_units(cut_model, train.head, plan.spans, plan.target, 0, units=first_units, train=train)
+    units = [unit.trained() for unit in built]
     for block, manifest in zip(plan.blocks, blocks, strict=False):
         first, stop = block.units[0], min(block.units[1], num_units)
         if first < stop:
@@ -139,8 +141,8 @@ class _Assembly:
         costs = exit_costs(self._task.plan, len(self._exits))
         result = describe_result(self._task, self._exits, costs, made, look)
         params = sum(parameter.numel() for parameter in ladder.final.parameters())
-        layers = sum(parameter.numel() for parameter in ladder.final.layers.parameters())
-        result |= {"params_final": params, "params_final_no_head": layers}
+        head = sum(parameter.numel() for parameter in ladder.final.head.parameters())
+        result |= {"params_final": params, "params_final_no_head": params - head}
         if self._store.size(self._layout.model_manifest) is not None:
             # These objects have no attempt in their keys: who is late must not overwrite what the first committed.
             raise AlreadyExists(f"object {self._layout.model_manifest} exists already", self._store.uri)
@@ -252,6 +254,7 @@ class _Assembly:
             class_names=tuple(facts["class_names"]),
             head=plan.units[result["chosen_exit"]].head or self._head_name,
             num_layers=chosen["layer_idx"] + 1,
+            contexts=self._ladder(made.choice.chosen_exit).final.enters_at,
             exit_layer_idx=chosen["layer_idx"],
             exit_layer=chosen["layer"],
             val_accuracy=result["val_accuracy"],

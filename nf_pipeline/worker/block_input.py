@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from nf_pipeline.core.context import needs_samples
 from nf_pipeline.core.frozen import FrozenUnits
 from nf_pipeline.events import Progress
+from nf_pipeline.samples import InputSpec
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.parts import Part, part_rows
@@ -32,13 +34,15 @@ COMMIT_TIMEOUT_S = 3600.0
 
 
 def activation_spec(task: BlockTask, block_idx: int) -> TensorSpec:
-    """Returns type and shape of what a block stores per sample."""
+    """Returns type and shape of what a block stores per sample, with the network's own where units look at it."""
     storage, block = task.config.storage, task.plan.blocks[block_idx]
+    samples = _samples(task)
     return TensorSpec(
         dtype=storage.dtype,
         shape=tuple(task.plan.layers[block.layers[1] - 1].out_shape),
         codec=storage.codec,
         label_values=task.plan.target.label_values,
+        sample=None if samples is None else TensorSpec(samples.dtype, samples.shape),
     )
 
 
@@ -107,7 +111,8 @@ class BlockInput:
         reader = ShardReader(self._store, first, spec, batch_size=batch_size, part=self._part)
         # The first epoch of a round may begin before the round's other views are written.
         views = ViewReader(reader, others, first_epoch=self._task.epochs[0])
-        return Feed(views, spec, device, None, self._map_augmentation(spec), self.frozen, self._task.plan.target)
+        augmentation, target = self._map_augmentation(spec), self._task.plan.target
+        return Feed(views, spec, device, None, augmentation, self.frozen, target, _samples(self._task))
 
     def open_val(self, batch_size: int, device: torch.device) -> Feed:
         """Opens this worker's part of the committed validation split."""
@@ -146,6 +151,7 @@ class BlockInput:
             augmentation=augmentation,
             frozen=self.frozen,
             target=self._task.plan.target,
+            samples=_samples(self._task),
         )
 
     def _augmentation(self, view: int | None) -> Augmentation | None:
@@ -164,6 +170,11 @@ class BlockInput:
     @property
     def _part(self) -> Part:
         return Part(index=self._task.gang.rank, count=self._task.gang.size)
+
+
+def _samples(task: BlockTask) -> InputSpec | None:
+    """Returns what the network's own samples are, where units look at them."""
+    return task.plan.inputs if needs_samples(task.config.train) else None
 
 
 def _announcements(store: Store, layout: RunLayout, task: BlockTask) -> Announcements:

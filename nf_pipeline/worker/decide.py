@@ -5,6 +5,7 @@ and thresholds, which only classes have, need one over the validation split. Rea
 `list_exits`, `calibrated`.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from nf_pipeline.plans import BlockPlan, Plan
 def list_exits(plan: Plan, block_facts: Sequence[Mapping[str, Any]]) -> list[ExitCandidate]:
     """Turns what the trained blocks found into one candidate per unit, shallowest first.
 
-    Parameters and FLOPs are those of the model that ends at the exit, its head included.
+    Parameters and FLOPs are those of the model that ends at the exit, its head and contexts included.
 
     Raises:
         ObjectCorrupt: a block does not say what its exits made of the samples; names it.
@@ -41,11 +42,17 @@ def list_exits(plan: Plan, block_facts: Sequence[Mapping[str, Any]]) -> list[Exi
             layer_idx=unit.stop - 1,
             layer=plan.layers[unit.stop - 1].name,
             results=one,
-            params=sum(layer.params for layer in plan.layers[: unit.stop]) + unit.head_params,
-            flops=layers_flops + head_flops,
+            params=_params(plan, unit_idx),
+            flops=costs.layers[unit_idx] + costs.heads[unit_idx],
         )
-        for unit, one, layers_flops, head_flops in zip(plan.units, results, costs.layers, costs.heads, strict=False)
+        for unit_idx, (unit, one) in enumerate(zip(plan.units, results, strict=False))
     ]
+
+
+def _params(plan: Plan, unit_idx: int) -> int:
+    unit = plan.units[unit_idx]
+    contexts = sum(one.context_params for one in plan.units[: unit_idx + 1])
+    return sum(layer.params for layer in plan.layers[: unit.stop]) + contexts + unit.head_params
 
 
 def _results(kind: type[Results], block: BlockPlan, facts: Mapping[str, Any], num_val: int) -> list[Results]:
@@ -65,8 +72,12 @@ def _results(kind: type[Results], block: BlockPlan, facts: Mapping[str, Any], nu
 def exit_costs(plan: Plan, num_exits: int) -> ExitCosts:
     """Returns the FLOPs of the first exits of a plan."""
     units = plan.units[:num_exits]
+    contexts = itertools.accumulate(unit.context_flops for unit in units)
     return ExitCosts(
-        layers=tuple(sum(layer.flops for layer in plan.layers[: unit.stop]) for unit in units),
+        layers=tuple(
+            sum(layer.flops for layer in plan.layers[: unit.stop]) + context
+            for unit, context in zip(units, contexts, strict=True)
+        ),
         heads=tuple(unit.head_flops for unit in units),
     )
 

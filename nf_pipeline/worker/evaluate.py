@@ -43,10 +43,11 @@ def find_results(
             y_N = torch.from_numpy(held_out.of(batch.sample_ids)).to(y_N.device)
         with meter:
             batch.track(meter)
-            outputs = forward_block(units, batch.take_x(), precision, with_heads=True)[1]
+            sample_N = batch.sample_N
+            outputs = forward_block(units, batch.take_x(), precision, with_heads=True, sample_N=sample_N)[1]
             measured_UN = torch.stack([kind.measure(outputs_NK, y_N) for outputs_NK in outputs])
             measured.append(measured_UN.cpu().numpy().copy())  # no tensor may stay that the meter would count
-            del outputs, measured_UN
+            del outputs, measured_UN, sample_N
         done += len(batch.y_N)
         yield done
     set_training(units, True)

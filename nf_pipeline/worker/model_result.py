@@ -3,7 +3,7 @@
 Computes what of it is arithmetic. Entry: `describe_result`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,9 +18,8 @@ from nf_pipeline.worker.choice import CommittedChoice
 from nf_pipeline.worker.exit_pass import LookAtTest, Scores
 from nf_pipeline.worker.tasks import AssembleTask
 
-MEAN_NAMES = {"accuracy": "accuracy", "error": "error"}
 INTERVAL_NAMES = {"accuracy": "interval", "error": "error_interval"}
-"""What a mean and its interval are called in the document, by metric."""
+"""What the interval around a mean, which is called after its metric, is called in the document, by metric."""
 
 
 def describe_result(
@@ -56,10 +55,10 @@ def describe_result(
         "exits": [_exit(candidate, confidence) for candidate in exits],
         "chosen_exit": choice.chosen_exit,
         "chosen_reason": choice.reason,
-        **_by_metric(metric, "val_{}", one.results.mean),
+        **_mean(metric, "val_{}", one.results.mean),
         "val_optimism": optimism,
-        **_by_metric(metric, "val_{}_corrected", corrected),
-        **_by_metric(metric, "val_{}_corrected", one.interval_among(len(exits), confidence), INTERVAL_NAMES),
+        **_mean(metric, "val_{}_corrected", corrected),
+        **_interval(metric, "val_{}_corrected", one.interval_among(len(exits), confidence)),
         **_test(metric, look, confidence),
         "test_reads": 0 if look is None else made.num_test_reads,
         "calibration": choice.calibration and {**asdict(choice.calibration), **_test_calibration(scores)},
@@ -73,8 +72,8 @@ def _exit(candidate: ExitCandidate, confidence: float) -> dict[str, Any]:
     return {
         "layer_idx": candidate.layer_idx,
         "layer": candidate.layer,
-        **_by_metric(metric, "val_{}", candidate.results.mean),
-        **_by_metric(metric, "val_{}", candidate.interval(confidence), INTERVAL_NAMES),
+        **_mean(metric, "val_{}", candidate.results.mean),
+        **_interval(metric, "val_{}", candidate.interval(confidence)),
         "params": candidate.params,
         "flops": candidate.flops,
     }
@@ -84,16 +83,18 @@ def _test(metric: str, look: LookAtTest | None, confidence: float) -> dict[str, 
     mean = interval = None
     if look is not None:
         mean, interval = look.results.mean, look.results.interval(confidence)
-    return {
-        **_by_metric(metric, "test_{}", mean),
-        **_by_metric(metric, "test_{}", interval, INTERVAL_NAMES),
-    }
+    return {**_mean(metric, "test_{}", mean), **_interval(metric, "test_{}", interval)}
 
 
-def _by_metric(metric: str, key: str, found: Any, names: Mapping[str, str] = MEAN_NAMES) -> dict[str, Any]:
-    """Stores what was found under the name of its metric, and None under those of the others."""
-    found = list(found) if isinstance(found, tuple) else found
-    return {key.format(name): found if which == metric else None for which, name in names.items()}
+def _mean(metric: str, key: str, mean: float | None) -> dict[str, float | None]:
+    """Stores a mean under the name of its metric, and None under those of the others."""
+    return {key.format(which): mean if which == metric else None for which in INTERVAL_NAMES}
+
+
+def _interval(metric: str, key: str, interval: tuple[float, float] | None) -> dict[str, list[float] | None]:
+    """The same of the interval around it."""
+    found = None if interval is None else list(interval)
+    return {key.format(name): found if which == metric else None for which, name in INTERVAL_NAMES.items()}
 
 
 def _test_calibration(scores: Scores | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def make_run_plan(task: PrepareTask) -> Iterator[Event]:
     """Profiles the model on this worker and plans its blocks; StageDone carries the plan as JSON."""
     from nf_pipeline.core.planner import make_plan
     from nf_pipeline.storage.bandwidth import measure_for
+    from nf_pipeline.worker.change_time import measure_changes
     from nf_pipeline.worker.runtime import set_threads
 
     clock = ProgressClock()
@@ -38,5 +39,6 @@ def make_run_plan(task: PrepareTask) -> Iterator[Event]:
         split_rows=facts["split_rows"],
         worker_memory_bytes=task.worker_memory_bytes,
         rates=measure_for(task.config, store, layout.attempt_prefix("plan", task.attempt)),
+        change_s=measure_changes(task.config.train, inputs_of(facts)),
     )
     yield StageDone(stage="plan", result=plan.to_json(), seconds=clock.seconds)

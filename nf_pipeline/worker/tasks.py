@@ -103,8 +103,7 @@ class AssembleTask:
 
 def num_rounds(config: RunConfig) -> int:
     """Returns how often a block publishes its activations: once, unless the run is pipelined."""
-    train = config.train
-    return 1 if train.mode == "sequential" else -(-train.epochs // train.round_epochs)
+    return config.train.num_rounds
 
 
 def round_epochs(config: RunConfig, round_idx: int) -> tuple[int, int]:

@@ -231,6 +231,7 @@ class _Attempt:
                     self.train_config.precision,
                     reduce=self.replicas.averaging(num_local, num_total),
                     mix=draw_mix(self.train_config.mixup, num_local, self.device),
+                    sample_N=batch.sample_N,
                 )
             guard.add(self.replicas.mean_losses(losses, num_local, num_total))
             if step < METERED_STEPS:
@@ -351,4 +352,5 @@ def units_of(task: BlockTask) -> tuple[list[LocalUnit], list[LocalUnit]]:
     first, stop = task.block.units
     begin = first if not task.block.recomputed else plan.blocks[task.block.source_block + 1].units[0]
     build = partial(build_units, cut(model, plan.inputs), train.head, plan.spans, plan.target, train.seed)
-    return build(units=range(begin, first)), build(units=range(first, stop), train=train)
+    again = [unit.trained() for unit in build(units=range(begin, first), train=train)]
+    return again, build(units=range(first, stop), train=train)

@@ -1,5 +1,8 @@
 """The caching pass: a trained block's output for every sample, as shards for the next block.
 
+Where units look at the network's own samples, each is stored beside its activations, as this pass has changed it: the
+ingested one, or what the block itself has read beside its input.
+
 Batch norm runs in inference mode, so the next block sees what the final model will compute (METHOD: our choice;
 the paper does not say). Bytes in place of numbers (storage.dtype uint8) get one scale per channel for the whole
 block: its first outputs are measured before any is written, by all members of a gang together.
@@ -24,7 +27,8 @@ from nf_pipeline.storage.affine import Affine, fit_affine
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.parts import part_rows
 from nf_pipeline.storage.published import Publication, shard_sizes
-from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec, rows_per_shard
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec, rows_per_shard
 from nf_pipeline.storage.store import Store
 from nf_pipeline.worker.block_input import activation_spec
 from nf_pipeline.worker.data_parallel import Replicas
@@ -129,7 +133,7 @@ class ActivationWriter:
         with self._open(split, feed) as writer:
             for batch in feed.batches():
                 stored = self._encoded(self._output(batch))
-                writer.append(stored, batch.labels, batch.sample_ids)
+                writer.append(stored, batch.labels, batch.sample_ids, batch.stored_samples)
                 done += len(batch.sample_ids)
                 if clock.is_due():
                     rate = clock.rate(done)
@@ -140,7 +144,8 @@ class ActivationWriter:
         with self._meter:
             batch.track(self._meter)
             precision = self._task.config.train.precision
-            return forward_block(self._units, batch.take_x(), precision, with_heads=False)[0]
+            sample_N = batch.sample_N
+            return forward_block(self._units, batch.take_x(), precision, with_heads=False, sample_N=sample_N)[0]
 
     def _encoded(self, out_NCHW: torch.Tensor) -> np.ndarray:
         if self._spec.affine is None:

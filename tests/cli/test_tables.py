@@ -283,7 +283,7 @@ def test_prediction_text_counts_skipped_images_if_there_are_any() -> None:
     written = {"rows": 1797, "num_skipped": 0, "output": "out.parquet", "exit_layer": "a"}
     assert prediction_text(written) == "1,797 predictions in out.parquet"
     assert prediction_text(written | {"num_skipped": 2}) == (
-        "1,797 predictions in out.parquet, 2 images skipped that cannot be decoded"
+        "1,797 predictions in out.parquet, 2 samples skipped that cannot be read"
     )
 
 

@@ -182,7 +182,7 @@ def test_predict_takes_a_column_and_skips_what_cannot_be_decoded(trained, tmp_pa
     assert run(folder, *common, "--image-column", "b").returncode == 2
     done = run_ok(folder, *common, "--image-column", "b", "--on-bad-image", "skip")
     assert done.stdout.startswith("0 predictions in ")
-    assert "4 images skipped" in done.stdout
+    assert "4 samples skipped" in done.stdout
 
 
 def test_evaluate_takes_the_columns(trained, tmp_path: Path) -> None:

@@ -50,6 +50,24 @@ def test_storing_costs_one_pass_and_the_writing() -> None:
     assert make_job(TWO).store_s(0, -1) == pytest.approx(10 * (1.0 + 8.0))
 
 
+def test_changing_images_takes_seconds_only_where_a_block_starts_from_them() -> None:
+    changing = {"change_s": 2.0, "changed": (0.5, 0.25)}
+    beside = make_job(TWO, **changing)  # on cores of their own, in less than the 3 s of a step
+    assert beside.train_s(0, -1) == make_job(TWO).train_s(0, -1)
+    assert make_job(TWO, change_s=20.0, changed=(0.5, 0.25)).train_s(0, -1) == pytest.approx(10 * 4 * 10.0)
+    shared = make_job(TWO, shares_cores=True, **changing)
+    assert shared.train_s(0, -1) == pytest.approx(10 * 4 * (3.0 + 1.0))
+    assert shared.train_s(1, 0) == make_job(TWO, shares_cores=True).train_s(1, 0)
+    assert shared.store_s(0, -1) == pytest.approx(10 * (1.0 + 0.5 + 8.0))
+
+
+def test_blocks_are_stored_where_changing_their_images_anew_would_take_longer() -> None:
+    fast = {"rates": StoreRates(read_bytes_per_s=1e6, write_bytes_per_s=1000.0), "shares_cores": True}
+    assert choose_sources(make_job(TWO, **fast), fits_all) == (-1, -1)
+    slow_changes = {"change_s": 5.0, "changed": (1.0, 0.0)}
+    assert choose_sources(make_job(TWO, **fast, **slow_changes), fits_all) == (-1, 0)
+
+
 def test_storing_takes_every_view_and_an_epoch_reads_one() -> None:
     four_views = make_job(TWO, stored_rows=31)  # 7 samples to train on, 3 to validate
     assert four_views.store_s(0, -1) == pytest.approx(31 * (1.0 + 8.0))

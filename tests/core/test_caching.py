@@ -211,3 +211,27 @@ def test_pipelined_run_stores_every_block(tight: tuple[PlanJob, Draft]) -> None:
     job, draft = tight
     pipelined = replace(job, cfg=job_for("6MiB", mode="pipelined").cfg)
     assert sources(with_sources(pipelined, draft, times_of(job), SLOW)) == each_before(draft)
+
+
+def test_pipelined_block_pays_for_every_publication_of_its_activations() -> None:
+    seconds = []
+    for round_epochs in (4, 2, 1):
+        job = job_for("6MiB", mode="pipelined", epochs=4, round_epochs=round_epochs)
+        draft = with_sources(job, draft_of(job), times_of(job), SLOW)
+        seconds.append([block.predicted_s for block in draft.blocks])
+    once, twice, four_times = seconds
+    assert len(once) > 1
+    for block_idx in range(len(once) - 1):
+        published = twice[block_idx] - once[block_idx]
+        assert published > 0
+        assert four_times[block_idx] - twice[block_idx] == pytest.approx(2 * published)
+    assert once[-1] == twice[-1] == four_times[-1]
+
+
+def test_images_that_are_changed_anew_every_epoch_are_read_back_from_a_block_instead() -> None:
+    job = job_for("6MiB", augment="randaugment", epochs=8)
+    draft = draft_of(job)
+    plain = with_sources(replace(job, change_s=0.0), draft, times_of(job), SLOW)
+    dear = with_sources(replace(job, change_s=10.0), draft, times_of(job), SLOW)
+    assert sum(source == -1 for source in sources(dear)) < sum(source == -1 for source in sources(plain))
+    assert dear.predicted_s > plain.predicted_s

@@ -128,10 +128,15 @@ def test_plan_that_no_model_can_follow_is_refused(temperatures, points) -> None:
         EarlyExitPlan(temperatures=temperatures, points=points, val_accuracy=0.5).check()
 
 
-def test_last_logits_of_a_real_model_are_the_final_models_and_leaving_changes_no_others() -> None:
+@pytest.mark.parametrize("contexts", [(), (1, 3, 4)])
+def test_last_logits_of_a_real_model_are_the_final_models_and_leaving_changes_no_others(contexts) -> None:
     inputs = InputSpec(shape=(3, 16, 16), mean=(127.5,) * 3, std=(127.5,) * 3)
-    spec = ExitSpec(model="convnet", inputs=inputs, target=TargetSpec(size=7), head="adaptive", num_layers=5)
+    spec = ExitSpec(
+        model="convnet", inputs=inputs, target=TargetSpec(size=7), head="adaptive", num_layers=5, contexts=contexts
+    )
     final = build_exit_model(spec)
+    for weight in final.contexts.parameters():
+        torch.nn.init.normal_(weight)
     heads, stops = build_early_heads(spec, [(2, "linear"), (4, "adaptive")]), (2, 4)
     pixels_NCHW = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     every = all_logits(final, heads, stops, pixels_NCHW)

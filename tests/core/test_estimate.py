@@ -56,6 +56,7 @@ def job_of(name: str, **train: object) -> PlanJob:
         ("convnet", {"precision": "bf16"}),
         ("convnet", {"loss": "predsim"}),
         ("convnet", {"loss": "predsim", "precision": "bf16", "mixup": 0.2, "head": "linear"}),
+        ("convnet", {"loss": "infopro", "mixup": 0.2}),
         ("convnet", {"head": "auglocal", "label_smoothing": 0.1, "mixup": 0.2}),
         ("resnet18", {}),
         ("resnet18", {"precision": "bf16"}),

@@ -32,6 +32,13 @@ def test_maps_that_lie_both_ways_get_the_strides_of_their_size(channels: int, si
     assert all(torch.equal(result, x_NCHW) for result, x_NCHW in zip(results, ways, strict=True))
 
 
+def test_map_that_a_larger_one_is_made_of_lies_as_that_one() -> None:
+    x_NCHW = torch.randn(2, 8, 4, 4)
+    assert torch.equal(laid_out(x_NCHW, 256), x_NCHW)
+    assert laid_out(x_NCHW, 256).is_contiguous(memory_format=torch.channels_last)
+    assert laid_out(x_NCHW, 255) is x_NCHW
+
+
 def test_vectors_stay_as_they_are() -> None:
     x_NF = torch.randn(2, 8)
     assert laid_out(x_NF) is x_NF

@@ -1,7 +1,6 @@
 """Texts, series, volumes and vectors, classes and values: cut, predicted, planned and exported like pictures."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,23 +19,16 @@ from nf_pipeline.core.local_unit import LocalUnit, build_units, even_spans
 from nf_pipeline.core.memory import LiveBytes
 from nf_pipeline.core.mixup import draw_mix
 from nf_pipeline.core.planner import make_plan
-from nf_pipeline.core.probe import probe_input, run_probe
+from nf_pipeline.core.probe import has_values, probe_input, run_probe
 from nf_pipeline.core.profiler import StepProbe
 from nf_pipeline.core.train_step import make_optimizer, train_step
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.samples import InputSpec, TargetSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 BATCH = 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Steps this small only lose by waiting for other threads, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def cut_of(kind: Kind) -> CutModel:
@@ -190,6 +182,17 @@ def test_sequences_whose_attention_exceeds_the_machine_are_refused_before_they_a
 
     with pytest.raises(ConfigError, match=r"MemoryError: its activations take .*, this machine has"):
         run_probe("layer 0", Pairs(), torch.zeros(2, 1, 800_000))
+
+
+@pytest.mark.parametrize("failure", [ValueError, SystemExit])
+def test_layer_that_fails_on_fake_tensors_alone_is_tried_as_it_is(failure: type[BaseException]) -> None:
+    class OnRealTensorsOnly(nn.Module):
+        def forward(self, x_NF: torch.Tensor) -> torch.Tensor:
+            if not has_values(x_NF):
+                raise failure(1)
+            return x_NF + 1.0
+
+    assert torch.equal(run_probe("layer 0", OnRealTensorsOnly(), torch.zeros(2, 3)), torch.ones(2, 3))
 
 
 def trained_peak(units: list[LocalUnit], kind: Kind, cfg: TrainConfig) -> int:

@@ -16,11 +16,12 @@ KEY = PartKey("layer", 0)
 
 
 class Table:
-    """Layers take 1, 2, 3, ... seconds a step, heads 100, narrow ones 10, losses 5; forward a tenth, at any batch."""
+    """Layers take 1, 2, 3, ... seconds a step, heads 100, narrow ones 10, losses 5, contexts 7; forward a tenth, at
+    any batch."""
 
     def seconds(self, key: PartKey, batch_size: int) -> Seconds:
         heads = {"": 100.0, "linear": 10.0}
-        step = {"layer": key.layer + 1.0, "head": heads[key.head], "loss": 5.0}[key.kind]
+        step = {"layer": key.layer + 1.0, "head": heads[key.head], "loss": 5.0, "context": 7.0}[key.kind]
         return Seconds(step=step, forward=step / 10)
 
 
@@ -58,6 +59,13 @@ def test_loss_takes_time_in_training_only_and_none_on_the_last_unit() -> None:
     assert matching.step_s(UnitSpan(1, 2), 10) == pytest.approx(2 + 100 + 5)
     assert matching.step_s(UnitSpan(2, 4), 10) == pytest.approx(3 + 4 + 100)
     assert matching.forward_s(UnitSpan(1, 2), 10, with_head=True) == pytest.approx(0.2 + 10)
+
+
+def test_context_takes_time_in_both_passes_of_every_unit_but_the_first() -> None:
+    adding = times(context="sample")
+    assert adding.step_s(UnitSpan(0, 2), 10) == pytest.approx(1 + 2 + 100)
+    assert adding.step_s(UnitSpan(2, 4), 10) == pytest.approx(7 + 3 + 4 + 100)
+    assert adding.forward_s(UnitSpan(2, 4), 10, with_head=False) == pytest.approx(0.7 + 0.7)
 
 
 def timer_of(largest_batch: int = 128, module: nn.Module | None = None) -> StepTimer:

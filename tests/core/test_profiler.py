@@ -1,7 +1,7 @@
 """Predictions on fake tensors against bytes counted while really training."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -35,18 +35,11 @@ from nf_pipeline.errors import ConfigError
 from nf_pipeline.plans import UnitProfile, UnitSpan
 from nf_pipeline.samples import InputSpec, TargetSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 NUM_CLASSES = 10
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Steps this small only lose by waiting for other threads, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,11 @@ def plan_with(cache: str, target: TargetSpec = FACTS["target"], **train: object)
         ("shards", {"unit_layers": 6, **VIEWS}, {"views 2", "feature_augment flip"}),
         ("shards", {"unit_layers": 6, **LOCAL}, {"loss predsim", "head linear"}),
         ("shards", {"unit_layers": 3, **LOCAL}, set()),
+        ("shards", {"unit_layers": 6, "loss": "infopro"}, {"loss infopro"}),
         ("shards", {"unit_layers": 6, "head": "auto"}, set()),
         ("shards", {"unit_layers": 6}, set()),
+        ("shards", {"unit_layers": 6, "context": "sample"}, {"context sample"}),
+        ("shards", {"unit_layers": 3, "context": "sample"}, set()),
     ],
 )
 def test_first_block_names_the_settings_that_its_plan_leaves_without_effect(

@@ -91,6 +91,14 @@ def test_loss_curve_of_two_workers_is_that_of_one_with_the_same_effective_batch(
     assert sum(read_ingest(store, RunLayout(config.run)).num_rows(split) for split in rows) == sum(rows.values())
 
 
+@pytest.mark.ray
+def test_two_workers_hold_what_was_predicted_where_gradients_fill_the_budget(digits_config: MakeConfig) -> None:
+    settings = {"train__workers_per_block": GANG, "train__epochs": 1, "train__unit_layers": 2}
+    summary = train(digits_config(cluster__executor="ray", memory__budget_bytes="3.6MiB", **settings))
+    for block in summary["blocks"]:
+        assert block["measured_peak_bytes"] <= 1.01 * block["predicted_peak_bytes"]
+
+
 def test_several_workers_in_one_process_are_refused(digits_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match="asks for 2 workers, executor inline is one process"):
         train(digits_config(train__workers_per_block=2))

@@ -61,15 +61,20 @@ def run_on(folder: Path, column: pa.Array, labels: pa.Array, **settings: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "column", "model"),
+    ("name", "column", "model", "context"),
     [
-        ("words", tokens, "sample_kinds:words"),
-        ("encoder", tokens, "sample_kinds:encoder"),
-        ("volumes", volumes, None),
+        ("words", tokens, "sample_kinds:words", "none"),
+        ("words", tokens, "sample_kinds:words", "sample"),
+        ("encoder", tokens, "sample_kinds:encoder", "none"),
+        ("volumes", volumes, None, "none"),
+        ("volumes", volumes, None, "sample"),
     ],
 )
-def test_run_learns_within_the_predicted_bytes(tmp_path: Path, name: str, column: Any, model: str | None) -> None:
+def test_run_learns_within_the_predicted_bytes(
+    tmp_path: Path, name: str, column: Any, model: str | None, context: str
+) -> None:
     settings = {"model__name": model, "memory__budget_bytes": "4MiB", "train__unit_layers": 2}
+    settings |= {"train__context": context}
     if name == "volumes":
         settings |= {"memory__budget_bytes": "12MiB", "train__unit_layers": 3}
     summary = run_on(tmp_path / name, column(), pa.array(CLASSES_N), **settings, train__epochs=4)

@@ -109,6 +109,37 @@ def test_frozen_driver_asks_before_it_goes_on(store: Store, monkeypatch: pytest.
             lock.check()
 
 
+@pytest.mark.parametrize("error", [StorageError("away"), TimeoutError("no answer"), RuntimeError("loop is closed")])
+def test_lock_that_could_not_be_renewed_is_renewed_by_the_next_beat(
+    store: Store, quick: None, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    put, failures = store.put, [error, error]
+
+    def fail_twice(key: str, data: bytes) -> None:
+        if failures:
+            raise failures.pop()
+        put(key, data)
+
+    with hold_run(store, LAYOUT) as lock:
+        monkeypatch.setattr(store, "put", fail_twice)
+        _wait_until(lambda: not failures)
+        beat = read_lock(store, LAYOUT).beat
+        _wait_until(lambda: read_lock(store, LAYOUT).beat > beat)
+        lock.check()
+
+
+def test_driver_whose_lock_fails_in_another_way_ends_at_its_next_event(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hold_run(store, LAYOUT) as lock:
+        with monkeypatch.context() as patched:
+            patched.setattr(run_lock, "SURE_FOR_S", 0.0)
+            patched.setattr(store, "put", None)
+            with pytest.raises(TypeError):
+                lock.check()
+        lock.check()
+
+
 def test_store_that_was_away_for_the_watcher_says_nothing_of_the_holder(store: Store, quick: None) -> None:
     with hold_run(store, LAYOUT) as lock:
         slow = SlowToLook(store, seconds=1.0)

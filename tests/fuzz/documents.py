@@ -15,11 +15,13 @@ from nf_pipeline.plans import BlockPlan, LayerSpec, Plan, UnitProfile
 from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.manifest import ObjectInfo, StageManifest, commit_manifest
-from nf_pipeline.storage.shards import ShardWriter, TensorSpec
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import TensorSpec
 from nf_pipeline.storage.store import open_store
 
 RUN = "small"
 SPEC = TensorSpec("uint8", (1, 4, 4))
+STORED_SPEC = TensorSpec("float16", (3, 2, 2), sample=SPEC)
 EVENTS = (
     StageStarted(stage="ingest", attempt="a", worker="host:1"),
     StageDone(stage="ingest", result={"num_classes": 2}, seconds=1.5),
@@ -151,7 +153,7 @@ def sample_manifest() -> dict[str, Any]:
     validated = {"val_correct": [1, 2], "val_errors": [0.5]}
     info = {"key": "small/blocks/000/attempt-b/x", "num_bytes": 10, "checksum": "sha256:0"}
     return {
-        **StageManifest(stage="block-000", fingerprint="f", attempt="b", spec=SPEC).to_json(),
+        **StageManifest(stage="block-000", fingerprint="f", attempt="b", spec=STORED_SPEC).to_json(),
         "shards": {"train": [{**info, "num_rows": 3}], "val": []},
         "weights": ObjectInfo(**info).__dict__,
         "objects": [info],

@@ -307,6 +307,10 @@ def test_publication_with_a_wrong_shard_is_an_error_that_names_it(shards: Any, r
         ("inputs", {**CARD["inputs"], "std": [0.0]}),
         ("inputs", {**CARD["inputs"], "shape": [1, 2**20, 2**20]}),
         ("num_layers", 0),
+        ("contexts", [0]),
+        ("contexts", [CARD["num_layers"]]),
+        ("contexts", [1, 1]),
+        ("contexts", [-1]),
     ],
 )
 def test_model_card_that_asks_for_more_than_it_describes_is_damaged(field: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from nf_pipeline.storage.shards import Shard, ShardInfo, TensorSpec, read_shard,
 from nf_pipeline.storage.store import checksum_of
 
 SPEC = TensorSpec("uint8", (2, 3))
+WITH_SAMPLES = TensorSpec("uint8", (2, 3), sample=TensorSpec("int16", (2,)))
 
 
 class OneObject:
@@ -36,7 +37,8 @@ class OneObject:
 def shard_table(rows: int = 5, spec: TensorSpec = SPEC) -> pa.Table:
     tensors = pa.array([bytes([row % 256]) * spec.nbytes for row in range(rows)], pa.binary(spec.nbytes))
     numbers = pa.array(range(rows), pa.int64())
-    return pa.table([tensors, numbers, numbers], schema=shard_schema(spec))
+    samples = [pa.array([bytes(spec.sample.nbytes)] * rows, pa.binary(spec.sample.nbytes))] if spec.sample else []
+    return pa.table([tensors, numbers, numbers, *samples], schema=shard_schema(spec))
 
 
 def written(table: pa.Table, **options: Any) -> bytes:
@@ -52,26 +54,45 @@ def read(data: bytes, rows: int, spec: TensorSpec = SPEC) -> Any:
     assert isinstance(outcome, Shard | ObjectCorrupt), outcome
     if isinstance(outcome, Shard):
         assert outcome.tensors.shape == (rows, spec.nbytes)
+        assert (outcome.samples is None) == (spec.sample is None)
+        assert spec.sample is None or outcome.samples.shape == (rows, spec.sample.nbytes)
         assert outcome.labels.shape == outcome.sample_ids.shape == (rows,)
         assert outcome.labels.dtype == outcome.sample_ids.dtype == np.int64
     return outcome
 
 
-GOOD = [
-    written(shard_table()),
-    written(shard_table(), compression="zstd"),
-    written(shard_table(), use_dictionary=False, compression="none"),
-]
+def good(spec: TensorSpec) -> list[bytes]:
+    plain = {"use_dictionary": False, "compression": "none"}
+    return [written(shard_table(spec=spec), **options) for options in ({}, {"compression": "zstd"}, plain)]
+
+
+GOOD = good(SPEC)
 
 
 @fuzz(
     "shards: damaged",
     quick=400,
     thorough=40_000,
-    data=st.one_of(st.sampled_from(GOOD).flatmap(damaged), st.binary(max_size=100)),
+    shard=st.one_of(
+        st.tuples(st.just(SPEC), st.sampled_from(GOOD).flatmap(damaged)),
+        st.tuples(st.just(WITH_SAMPLES), st.sampled_from(good(WITH_SAMPLES)).flatmap(damaged)),
+        st.tuples(st.just(SPEC), st.binary(max_size=100)),
+    ),
 )
-def test_fuzz_shard_with_damage_is_read_or_refused(data: bytes) -> None:
-    read(data, 5)
+def test_fuzz_shard_with_damage_is_read_or_refused(shard: tuple[TensorSpec, bytes]) -> None:
+    spec, data = shard
+    read(data, 5, spec)
+
+
+@pytest.mark.parametrize("spec", [SPEC, WITH_SAMPLES])
+def test_shard_with_a_changed_number_anywhere_in_its_footer_is_read_or_refused(spec: TensorSpec) -> None:
+    data = good(spec)[-1]
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    for position in range(footer, len(data) - 8):
+        changed = bytearray(data)
+        changed[position] ^= 1  # among them the codec, to one that there is not
+        read(bytes(changed), 5, spec)
+        tried("shards: footers")
 
 
 columns = st.sampled_from(

@@ -19,7 +19,7 @@ CARD: dict[str, Any] = {
     "model": "convnet", "class_names": ["a", "b"], "head": "adaptive",
     "num_layers": 2, "exit_layer_idx": 1, "exit_layer": "conv1",
     "val_accuracy": 0.5, "test_accuracy": None, "params": 10, "params_full": 20, "memory_budget_bytes": 1000,
-    "weights_checksum": "sha256:0", "temperature": 1.5, "format_version": 4,
+    "weights_checksum": "sha256:0", "temperature": 1.5, "format_version": 4, "contexts": [1],
     "inputs": {"shape": [1, 8, 8], "dtype": "uint8", "num_tokens": 0, "mean": [127.5], "std": [63.75]},
     "target": {"kind": "class", "size": 2, "mean": [], "std": []},
 }  # fmt: skip

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nf_pipeline.storage.local import LocalStore
-from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

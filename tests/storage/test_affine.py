@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from nf_pipeline.errors import ConfigError
 from nf_pipeline.storage.affine import HEADROOM, Affine, fit_affine
 from nf_pipeline.storage.manifest import StageManifest
-from nf_pipeline.storage.shards import ShardWriter, TensorSpec, read_shard, shard_schema, spec_of_field
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import TensorSpec, read_shard, shard_schema, spec_of_field
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 ranges = st.lists(st.tuples(finite, finite).map(sorted), min_size=1, max_size=6)

@@ -12,7 +12,8 @@ from nf_pipeline.storage.local import LocalStore
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.parts import Part
 from nf_pipeline.storage.reader import ShardReader
-from nf_pipeline.storage.shards import ShardWriter, TensorSpec, read_shard, rows_per_shard, shard_schema
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import TensorSpec, read_shard, rows_per_shard, shard_schema
 
 
 @pytest.fixture

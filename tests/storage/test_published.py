@@ -12,7 +12,8 @@ from nf_pipeline.errors import InputReplaced, ObjectCorrupt, StorageError
 from nf_pipeline.storage.manifest import StageManifest, commit_manifest
 from nf_pipeline.storage.published import Announcements, Publication, PublishedShards, Source, shard_sizes
 from nf_pipeline.storage.reader import ShardReader
-from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 from nf_pipeline.storage.store import Store, open_store
 
 SPEC = TensorSpec("uint8", (4,))

@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nf_pipeline.errors import InputReplaced, ObjectCorrupt, ObjectMissing, StorageError
+from nf_pipeline.storage import gather as gather_module
 from nf_pipeline.storage import reader as reader_module
+from nf_pipeline.storage import shard_writer as writer_module
 from nf_pipeline.storage import shards as shards_module
 from nf_pipeline.storage.local import LocalStore
 from nf_pipeline.storage.parts import Part, divide_rows, part_rows
@@ -277,8 +279,8 @@ def test_next_window_is_fetched_while_the_first_is_consumed(write):
 
 def test_batches_are_gathered_ahead_of_the_consumer_and_no_further(write, monkeypatch):
     written, finished = write(200), []
-    real = reader_module._Rows.copy
-    monkeypatch.setattr(reader_module._Rows, "copy", lambda *args: finished.append(args[2]) or real(*args))
+    real = gather_module._Rows.copy
+    monkeypatch.setattr(gather_module._Rows, "copy", lambda *args: finished.append(args[2]) or real(*args))
     batches = open_reader(written, batch_size=5, window_shards=20).batches(seed=0, epoch=0, shuffle=True)
     for num_taken in (0, 1, 2, 3):
         if num_taken:
@@ -290,8 +292,8 @@ def test_batches_are_gathered_ahead_of_the_consumer_and_no_further(write, monkey
 
 
 def test_gathering_counts_as_waiting_when_the_consumer_has_to_wait_for_it(write, monkeypatch):
-    real = reader_module._Rows.copy
-    monkeypatch.setattr(reader_module._Rows, "copy", lambda *args: time.sleep(0.04) or real(*args))
+    real = gather_module._Rows.copy
+    monkeypatch.setattr(gather_module._Rows, "copy", lambda *args: time.sleep(0.04) or real(*args))
     reader = open_reader(write(100), batch_size=10)
     read_all(reader)
     assert reader.wait_s > 0.1
@@ -301,7 +303,7 @@ def test_gathering_counts_as_waiting_when_the_consumer_has_to_wait_for_it(write,
 def test_batches_come_in_order_however_long_each_of_them_takes_to_copy(write, monkeypatch, slow):
     written = write(120)
     expected = read_all(open_reader(written, batch_size=7))
-    real, lock, count = reader_module._Rows.copy, threading.Lock(), []
+    real, lock, count = gather_module._Rows.copy, threading.Lock(), []
 
     def copy(*args):
         with lock:
@@ -310,7 +312,7 @@ def test_batches_come_in_order_however_long_each_of_them_takes_to_copy(write, mo
         time.sleep(0.005 * is_slow)
         return real(*args)
 
-    monkeypatch.setattr(reader_module._Rows, "copy", copy)
+    monkeypatch.setattr(gather_module._Rows, "copy", copy)
     assert ids_of(read_all(open_reader(written, batch_size=7))) == ids_of(expected)
 
 
@@ -362,7 +364,7 @@ def test_checksums_are_compared_once_and_form_and_size_every_time(write, monkeyp
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_shards_of_several_row_groups_give_every_row_in_every_epoch(write, monkeypatch, codec):
-    monkeypatch.setattr(shards_module, "ROW_GROUP_BYTES", 40 * 7)  # of samples of 24 bytes and two numbers
+    monkeypatch.setattr(writer_module, "ROW_GROUP_BYTES", 40 * 7)  # of samples of 24 bytes and two numbers
     written = write(61, rows_per_shard=30, codec=codec)
     reader = open_reader(written, batch_size=9, part=Part(index=1, count=2))
     wanted = sorted(written.sample_ids[30:].tolist())
@@ -531,7 +533,7 @@ def test_a_part_fetches_only_shards_with_rows_of_its_own(write):
 def test_shards_cut_at_the_border_of_a_part_are_views(write, monkeypatch):
     written = write(20, rows_per_shard=10)
     decoded, filled = [], []
-    real_read, real_fill = reader_module.read_shard, reader_module._BatchFiller.fill
+    real_read, real_fill = reader_module.read_shard, gather_module.BatchFiller.fill
 
     def read(*args, **options):
         decoded.append(real_read(*args, **options))
@@ -542,7 +544,7 @@ def test_shards_cut_at_the_border_of_a_part_are_views(write, monkeypatch):
         return real_fill(self, window, rows)
 
     monkeypatch.setattr(reader_module, "read_shard", read)
-    monkeypatch.setattr(reader_module._BatchFiller, "fill", fill)
+    monkeypatch.setattr(gather_module.BatchFiller, "fill", fill)
     read_all(open_reader(written, part=Part(index=1, count=3)), shuffle=False)
     assert [len(tensors) for tensors in filled] == [4, 3]
     assert all(any(np.shares_memory(cut, shard.tensors) for shard in decoded) for cut in filled)

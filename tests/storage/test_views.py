@@ -7,7 +7,8 @@ import pytest
 
 from nf_pipeline.storage.parts import Part
 from nf_pipeline.storage.reader import _KEPT_BATCHES, ShardReader
-from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.storage.views import ViewReader, view_split
 

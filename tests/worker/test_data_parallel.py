@@ -39,11 +39,12 @@ def test_members_train_like_one_process_with_the_whole_batch(steps):
         assert largest_difference(result["curve"], expected["curve"]) < 1e-4
 
 
-def test_members_of_any_size_train_exactly_like_one_process():
+@pytest.mark.parametrize("loss", ["cross_entropy", "infopro"])
+def test_members_of_any_size_train_exactly_like_one_process(loss):
     """In float64, where batches of four do not blow up the rounding."""
     steps = [(6, 6), (1, 3), (9, 4), (2, 7)] * 5
-    expected = train(ALONE, steps, "fp32", "float64")
-    for result in run_gang(train, 2, steps, "fp32", "float64"):
+    expected = train(ALONE, steps, "fp32", "float64", loss)
+    for result in run_gang(train, 2, steps, "fp32", "float64", loss):
         assert largest_difference(result["curve"], expected["curve"]) < 1e-9
         for name, value in expected["weights"].items():
             torch.testing.assert_close(result["weights"][name], value, rtol=1e-8, atol=1e-9)

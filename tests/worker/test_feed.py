@@ -12,7 +12,8 @@ from nf_pipeline.core.memory import measure_peak
 from nf_pipeline.samples import InputSpec, TargetSpec
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.reader import BATCHES_AHEAD
-from nf_pipeline.storage.shards import ShardWriter, TensorSpec
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import TensorSpec
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.worker.feed import Augmentation, DeviceBatch, Feed, _Maker, open_feed
 

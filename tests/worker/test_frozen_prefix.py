@@ -26,7 +26,7 @@ LAYOUT = RunLayout("run")
 Trained = tuple[RunConfig, Store, Plan]
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=[("fp32", "none"), ("bf16", "none"), ("fp32", "sample")])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A finished run of three blocks that all stored float32 shards."""
     uri = str(tmp_path_factory.mktemp("runs"))
@@ -36,7 +36,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "memory.join_threshold": 0.0,
             "data.max_train_images": 200,
             "train.unit_layers": 2,
-            "train.precision": request.param,
+            "train.precision": request.param[0],
+            "train.context": request.param[1],
             "storage.cache": "shards",
             "exits.patience": "never",
         },

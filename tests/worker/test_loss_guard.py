@@ -92,7 +92,7 @@ def test_training_that_explodes_is_found_whatever_it_is_for(loss: str) -> None:
         optimizer = make_optimizer(unit.train(), train, lr)
         guard = LossGuard("block-000", [unit.objective], 10, 0)
         for _ in range(12):
-            guard.add(train_step([unit], [optimizer], x_NCHW, y_N, "fp32"))
+            guard.add(train_step([unit], [optimizer], x_NCHW, y_N, "fp32", sample_N=x_NCHW))
         guards.append(guard)
     guards[0].check()
     with pytest.raises(Diverged, match=r"loss [0-9.e+]+ of unit 0"):

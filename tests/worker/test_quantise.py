@@ -14,7 +14,8 @@ from nf_pipeline.gang import Gang
 from nf_pipeline.storage.affine import Affine, fit_affine
 from nf_pipeline.storage.manifest import StageManifest
 from nf_pipeline.storage.reader import ShardReader
-from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.worker.data_parallel import Replicas
 from nf_pipeline.worker.feed import open_feed

@@ -25,17 +25,19 @@ CHANGES = {
     "data.max_train_images": 300,
     "exits.patience": "never",
     "train.unit_layers": 2,
-    "train.loss": "predsim",
     "train.mixup": 0.2,
     "train.label_smoothing": 0.1,
 }
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+LOSSES = ("predsim", "infopro")
+
+
+@pytest.fixture(scope="module", params=LOSSES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     """A finished run with every change of the loss, two epochs on some digits."""
     folder = tmp_path_factory.mktemp("losses")
-    return train_digits(str(folder), CHANGES), folder
+    return train_digits(str(folder), {**CHANGES, "train.loss": request.param}), folder
 
 
 def weights_of(store: Store, block_idx: int) -> dict[str, torch.Tensor]:
@@ -89,8 +91,17 @@ def test_interrupted_training_goes_on_from_its_checkpoint_bit_for_bit(
     assert [name for name, value in resumed.items() if not torch.equal(value, straight[name])] == []
 
 
-def test_layers_trained_with_such_a_loss_are_run_again_as_if_their_output_were_stored(tmp_path: Path) -> None:
-    once = {**CHANGES, "train.epochs": 1, "memory.join_threshold": 0.0, "memory.max_batch_size": 32}
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layers_trained_with_such_a_loss_are_run_again_as_if_their_output_were_stored(
+    loss: str, tmp_path: Path
+) -> None:
+    once = {
+        **CHANGES,
+        "train.loss": loss,
+        "train.epochs": 1,
+        "memory.join_threshold": 0.0,
+        "memory.max_batch_size": 32,
+    }
     stores = []
     for cache in ("shards", "recompute"):
         train_digits(f"{tmp_path}/{cache}", {**once, "storage.cache": cache})

@@ -49,7 +49,8 @@ from nf_pipeline.gang import Gang
 from nf_pipeline.samples import inputs_of, target_of
 from nf_pipeline.storage.layout import RunLayout
 from nf_pipeline.storage.reader import BATCHES_AHEAD, PREFETCH_THREADS, ShardReader
-from nf_pipeline.storage.shards import ShardInfo, ShardWriter, TensorSpec
+from nf_pipeline.storage.shard_writer import ShardWriter
+from nf_pipeline.storage.shards import ShardInfo, TensorSpec
 from nf_pipeline.storage.store import Store, open_store
 from nf_pipeline.worker.data_parallel import Replicas
 from nf_pipeline.worker.feed import Feed, open_feed
